@@ -1,0 +1,389 @@
+"""Measure and look at a run (Sec. 4.3).
+
+python evaluate.py RUN                        mIoU and the IoU of every class, of the run's latest student
+python evaluate.py RUN --figures 4            the paper's Fig. 5 for the first unlabelled images
+python evaluate.py RUN --error-localization   how well ELN finds errors on the unlabelled images (Table 4)
+python evaluate.py RUN --predict IMAGE ...    masks of any images; needs no data set
+"""
+
+import argparse
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional as TF
+
+from data import VOID, InputError, load_dataset, normalize, open_image, resize
+from eln import ErrorLocalizationNetwork, eln_input
+from model import DeepLabV3Plus
+
+
+def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labeled", "unlabeled")):
+    """A dict of tensors and plain values that torch.save wrote, with `needed` among its keys; never runs code
+    in it.
+
+    Raises InputError, naming the file, if it is missing, damaged, or something else.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+        raise InputError(
+            f"{path} cannot be read: it is damaged, or holds something else than tensors and plain values"
+        ) from None
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(needed):
+        raise InputError(
+            f"{path} is not the kind of file that is needed here; entries such as {needed[0]} are missing"
+        )
+    return checkpoint
+
+
+def fill(network, state, path):
+    """network.load_state_dict(state), strictly. Raises InputError, naming the file, if they do not fit."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path} holds other networks: {str(error).splitlines()[1].strip()}") from None
+
+
+def load_student(path, device="cpu"):
+    """A trained segmentation network from student_stage1.pt or student_stage2.pt.
+
+    Returns (network in eval mode, record): the record is a dict with classes (C names), palette (C RGB
+    triples),
+    size (H, W) of training images, and crop (True: trained on crops, so images go in as they are).
+    Raises InputError if the file is missing, broken, or of something else.
+    """
+    record = read_checkpoint(path, ("network", "backbone", "width", "classes", "palette", "size", "crop"))
+    network = DeepLabV3Plus(len(record["classes"]), record["backbone"], "none", record["width"])
+    fill(network, record.pop("network"), path)
+    return network.to(device).eval(), record
+
+
+def load_eln(path, checkpoint, device="cpu"):
+    """ELN in eval mode from a stage's checkpoint that was read from `path`; None if the run trained none."""
+    networks = {key.removeprefix("labeled."): value for key, value in checkpoint["networks"].items()}
+    state = {key.removeprefix("eln."): value for key, value in networks.items() if key.startswith("eln.")}
+    if not state:
+        return None
+    args = checkpoint["args"]
+    eln = ErrorLocalizationNetwork(len(checkpoint["classes"]), args["eln_backbone"], "none", args["width"])
+    fill(eln, state, path)
+    return eln.to(device).eval()
+
+
+class Scenes(torch.utils.data.Dataset):
+    """Images with masks for measuring: scenes[i] = image at the network's size, label at that size, label as
+    it is.
+
+    keys  ids of the data set; size (H, W), unless the data set is trained on crops: then images stay as they
+          are
+    All three are uint8: (3, H, W), (H, W), (H0, W0).
+    """
+
+    def __init__(self, dataset, keys, size):
+        self.dataset, self.keys, self.size = dataset, keys, size
+
+    def __len__(self):
+        return len(self.keys)
+
+    def __getitem__(self, i):
+        image, label = self.dataset.read_image(self.keys[i]), self.dataset.read_label(self.keys[i])
+        if image.shape[1:] != label.shape:
+            raise InputError(f"mask {self.dataset.files[self.keys[i]][1]} and its image differ in size")
+        size = image.shape[1:] if self.dataset.crop else self.size
+        return *resize(image, label, size), label
+
+
+def scenes_of(dataset, keys, size, device, workers):
+    """Scenes one by one, on the device: X (1, 3, H, W) float, label (H, W) and original (H0, W0) int64."""
+    for image, label, original in torch.utils.data.DataLoader(
+        Scenes(dataset, keys, size), None, num_workers=workers
+    ):
+        yield normalize(image.to(device))[None], label.to(device).long(), original.to(device).long()
+
+
+def count(prediction, label, C):
+    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) int64; void is left out."""
+    known = label != VOID
+    return torch.bincount(label[known] * C + prediction[known], minlength=C * C).reshape(C, C)
+
+
+@torch.no_grad()
+def score(network, dataset, size, device, rank=0, world=1, workers=0):
+    """Confusion matrices of the validation split, every image counted once whatever the number of processes.
+
+    Returns {"resized": (C, C), "original": (C, C)} int64, [true, predicted]: against labels resized to `size`
+    (the paper's, Sec. 4.2), and against labels as they are, with the logits resized to them.
+    """
+    C = len(dataset.classes)
+    matrices = torch.zeros(2, C, C, dtype=torch.int64, device=device)
+    network.eval()
+    for X, label, original in scenes_of(dataset, dataset.val[rank::world], size, device, workers):
+        logits, _ = network(X)
+        matrices[0] += count(logits[0].argmax(0), label, C)
+        if original.shape != label.shape:
+            logits = torch.nn.functional.interpolate(
+                logits, original.shape, mode="bilinear", align_corners=False
+            )
+        matrices[1] += count(logits[0].argmax(0), original, C)
+    if world > 1:
+        dist.all_reduce(matrices)
+    return {"resized": matrices[0], "original": matrices[1]}
+
+
+def iou(matrix):
+    """IoU of each class in percent, (C,) float64; nan where a class is neither there nor predicted."""
+    matrix = matrix.double()
+    hit = matrix.diagonal()
+    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+
+
+def mean_iou(matrix):
+    """mIoU in percent: the mean of iou(matrix) over the classes that have one."""
+    return float(iou(matrix).nanmean())
+
+
+class Ranking:
+    """Average precision of a score that should be high where a prediction is wrong, over any number of
+    pixels.
+
+    Scores are counted in `bins` equal steps between low and high, so that memory stays bounded; pixels within
+    one
+    step count as ties.
+    """
+
+    def __init__(self, low, high, device, bins=20000):
+        self.low, self.high, self.counts = low, high, torch.zeros(2, bins, dtype=torch.int64, device=device)
+
+    def add(self, score, wrong):
+        """score (n,) float, wrong (n,) bool."""
+        bins = self.counts.shape[1]
+        place = ((score - self.low) / (self.high - self.low) * bins).long().clamp(0, bins - 1)
+        self.counts += torch.bincount(place + bins * wrong, minlength=2 * bins).reshape(2, bins)
+
+    def average_precision(self):
+        """sum over score steps, from high to low, of precision times the gain in recall."""
+        right, wrong = self.counts.flip(1).double().cumsum(1)
+        precision = wrong / (wrong + right).clamp(min=1)
+        return float((precision * self.counts[1].flip(0)).sum() / wrong[-1].clamp(min=1))
+
+
+def rates(positive, claimed):
+    """Precision, recall, F1 of the bool (n,) `claimed` against `positive`: (3,), nan where undefined."""
+    hits, claims, all_positive = (positive & claimed).sum().double(), claimed.sum(), positive.sum()
+    return torch.stack([hits / claims, hits / all_positive, 2 * hits / (claims + all_positive)])
+
+
+@torch.no_grad()
+def error_localization(network, eln, scenes, threshold):
+    """Table 4: does ELN, or a threshold on the softmax's confidence, tell wrong pixels from right ones?
+
+    scenes  an iterable as from scenes_of; threshold on the confidence in (0, 1)
+    Returns {method: {"correct": ..., "error": ..., "AP": number}}: for each of the two as the positive class
+    {"image": (3,), "pooled": (3,)}, precision, recall and F1 averaged over images (where defined) and pooled
+    over all
+    pixels; AP is the average precision of the ranking of errors. Void is left out.
+    """
+    rankings, per_image, pooled = {}, {}, {}
+    for X, label, _ in scenes:
+        logits, _ = network(X)
+        known = label != VOID
+        wrong = (logits[0].argmax(0) != label)[known]
+        log_P = logits[0].double().log_softmax(0)[:, known]
+        log_confidence = log_P.max(0).values
+        entropy = -(log_P.exp() * log_P).sum(0)
+        doubt = {  # high where the prediction may be wrong; and which pixels the method rejects
+            "confidence": (
+                -(torch.logit(log_confidence.exp(), eps=1e-12)),
+                log_confidence.exp() <= threshold,
+            ),
+            "entropy": (entropy.clamp(min=1e-12).log(), None),
+        }
+        if eln is not None:
+            valid_logit = eln(eln_input(X, logits))[0][known]
+            doubt = {"ELN": (-valid_logit.double(), valid_logit <= 0), **doubt}
+        for name, (score_, rejected) in doubt.items():
+            rankings.setdefault(name, Ranking(-30, 30, X.device)).add(score_, wrong)
+            if rejected is None:
+                continue
+            for positive, of, claim in (("correct", ~wrong, ~rejected), ("error", wrong, rejected)):
+                per_image.setdefault((name, positive), []).append(rates(of, claim))
+                sums = torch.stack([(of & claim).sum(), claim.sum(), of.sum()])
+                pooled[name, positive] = pooled.get((name, positive), 0) + sums
+    table = {name: {"AP": ranking.average_precision()} for name, ranking in rankings.items()}
+    for (name, positive), values in per_image.items():
+        hits, claims, all_positive = pooled[name, positive].double()
+        table[name][positive] = {
+            "image": torch.stack(values).nanmean(0).tolist(),
+            "pooled": [
+                float(v) for v in (hits / claims, hits / all_positive, 2 * hits / (claims + all_positive))
+            ],
+        }
+    return table
+
+
+def colour(index, palette):
+    """(H, W) int64 -> (H, W, 3) uint8 by the palette (C, 3); void (255) becomes white."""
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(palette)] = palette
+    return table[index.cpu().numpy()]
+
+
+@torch.no_grad()
+def fig5(network, eln, X, image, label, palette):
+    """The paper's Fig. 5 for one image, with its input and truth: a PIL image of six panels with captions.
+
+    X (1, 3, H, W); image (3, H, W) uint8; label (H, W) int64; eln may be None (two panels fewer)
+    """
+    logits, _ = network(X)
+    prediction = logits[0].argmax(0)
+    wrong = (prediction != label) & (label != VOID)
+
+    def binary(mask):
+        shown = np.where(mask.cpu().numpy()[..., None], np.uint8([220, 40, 40]), np.uint8([225, 225, 225]))
+        return np.where((label == VOID).cpu().numpy()[..., None], np.uint8([128, 128, 128]), shown)
+
+    panels = [
+        ("image", image.permute(1, 2, 0).cpu().numpy()),
+        ("ground truth", colour(label, palette)),
+        ("(a) prediction", colour(prediction, palette)),
+        ("(b) errors", binary(wrong)),
+    ]
+    if eln is not None:
+        rejected = eln(eln_input(X, logits))[0] <= 0
+        panels.append(("(c) errors found by ELN", binary(rejected)))
+        panels.append(("(d) prediction, filtered", colour(prediction.masked_fill(rejected, VOID), palette)))
+    H, W = label.shape
+    zoom = max(1, round(192 / W))
+    H, W = H * zoom, W * zoom
+    sheet = Image.new("RGB", (len(panels) * (W + 4) - 4, H + 14), "white")
+    for i, (caption, panel) in enumerate(panels):
+        sheet.paste(Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST), (i * (W + 4), 14))
+        ImageDraw.Draw(sheet).text((i * (W + 4) + 2, 1), caption, fill="black")
+    return sheet
+
+
+@torch.no_grad()
+def predict(network, record, path, folder, device):
+    """Segment an image file: STEM_class.png (class numbers), STEM_colour.png, STEM_overlay.png in folder."""
+    with open_image(path) as opened:
+        image = TF.pil_to_tensor(opened.convert("RGB"))
+    size = image.shape[1:] if record["crop"] else record["size"]
+    logits, _ = network(normalize(resize(image, None, size)[0].to(device))[None])
+    logits = torch.nn.functional.interpolate(logits, image.shape[1:], mode="bilinear", align_corners=False)
+    index = logits[0].argmax(0)
+    painted = colour(index, record["palette"])
+    overlay = (0.5 * image.permute(1, 2, 0).numpy() + 0.5 * painted).astype(np.uint8)
+    stem = folder / Path(path).stem
+    for name, array in (
+        ("class", index.cpu().numpy().astype(np.uint8)),
+        ("colour", painted),
+        ("overlay", overlay),
+    ):
+        Image.fromarray(array).save(f"{stem}_{name}.png")
+    return f"{stem}_overlay.png"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
+    parser.add_argument(
+        "--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="where the data set lies (default: where the run found it)"
+    )
+    parser.add_argument(
+        "--figures", type=int, default=0, metavar="N", help="draw Fig. 5 for N unlabelled images"
+    )
+    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment image files; scores nothing")
+    parser.add_argument("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
+    parser.add_argument(
+        "--threshold", type=float, default=0.9, help="on the confidence, for comparison (0.9)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data (0: none)")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    if not args.run.is_dir():
+        raise InputError(f"{args.run} is not a run's folder")
+    stage = args.stage or (2 if (args.run / "student_stage2.pt").exists() else 1)
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    network, record = load_student(args.run / f"student_stage{stage}.pt", device)
+    if args.predict:
+        (args.run / "predictions").mkdir(exist_ok=True)
+        for path in args.predict:
+            print(predict(network, record, path, args.run / "predictions", device))
+        return
+    path = args.run / f"stage{stage}.pt"
+    checkpoint = read_checkpoint(path)
+    size = record["size"]
+    dataset = load_dataset(checkpoint["args"]["dataset"], args.data or checkpoint["args"]["data"])
+    if list(dataset.classes) != checkpoint["classes"]:
+        raise InputError(
+            f"{path} has the classes {checkpoint['classes']}, but the data set {dataset.classes}"
+        )
+    eln = load_eln(path, checkpoint, device)
+    # training images that were used without their mask; it is read for measuring only
+    masked = [key for key in checkpoint["unlabeled"] if key in dataset.files and dataset.has_mask(key)]
+    if (args.figures or args.error_localization) and not masked:
+        raise InputError(f"none of the unlabelled images of {args.run} has a mask to measure with")
+
+    if args.error_localization:
+        scenes = scenes_of(dataset, masked, size, device, args.workers)
+        table = error_localization(network, eln, scenes, args.threshold)
+        print(
+            f"errors of the stage {stage} student on {len(masked)} unlabelled images, "
+            f"confidence rejects up to {args.threshold}"
+        )
+        print(f"{'method':12}{'positive':10}{'over':8}{'precision':>10}{'recall':>8}{'F1':>8}")
+        for name, entry in table.items():
+            for positive in ("correct", "error"):
+                for over, values in entry.get(positive, {}).items():
+                    print(f"{name:12}{positive:10}{over:8}{values[0]:10.4f}{values[1]:8.4f}{values[2]:8.4f}")
+        for name, entry in table.items():
+            print(f"{name:12}average precision at finding errors {entry['AP']:.4f}")
+        return
+
+    matrices = score(network, dataset, size, device, workers=args.workers)
+    resized, original = iou(matrices["resized"]).tolist(), iou(matrices["original"]).tolist()
+    print(f"stage {stage} student on {len(dataset.val)} validation images of {dataset.name}; IoU in percent")
+    print(f"{'class':20}{'resized':>10}{'original':>10}")
+    for row in zip(dataset.classes, resized, original):
+        print(f"{row[0]:20}{row[1]:10.2f}{row[2]:10.2f}")
+    print(f"{'mean':20}{mean_iou(matrices['resized']):10.2f}{mean_iou(matrices['original']):10.2f}")
+    if args.figures:
+        folder = args.run / "figures"
+        folder.mkdir(exist_ok=True)
+        keys = masked[: args.figures]
+        for key, (X, label, _) in zip(keys, scenes_of(dataset, keys, size, device, 0)):
+            image = resize(dataset.read_image(key), None, label.shape)[0]
+            fig5(network, eln, X, image, label, record["palette"]).save(folder / f"{key}.png")
+            print(f"figure: {folder / key}.png")
+    if (args.run / "result.json").exists():
+        known = json.loads((args.run / "result.json").read_text())
+        print(
+            "   ".join(f"{name}: student's mIoU {entry['mIoU']:.2f}" for name, entry in sorted(known.items()))
+        )
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except InputError as error:
+        print(
+            f"evaluate.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}",
+            file=sys.stderr,
+        )
+        sys.exit(2)

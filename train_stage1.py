@@ -1,0 +1,515 @@
+"""Stage 1 (Sec. 3.1): train the segmentation network, then auxiliary decoders and ELN with it, on labelled
+images.
+
+    python train_stage1.py                                                   # `shapes`, on any machine
+    torchrun --nproc_per_node=4 train_stage1.py --dataset voc --data DIR --ratio 1/20
+
+First L_sup alone (--pretrain-iters), then L_labeled = L_sup + L_aux + L_ELN (--eln-iters). The same command
+goes on after an interruption. With --supervised-only, L_sup alone for --iters steps: the "Baseline" of Tables
+1 and 2.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import nn
+
+from data import (
+    DATASETS,
+    InputError,
+    check_files,
+    load_dataset,
+    make_loader,
+    normalize,
+    share_of_batch,
+    split_ids,
+)
+from eln import ErrorLocalizationNetwork, eln_input
+from evaluate import fill, mean_iou, read_checkpoint, score
+from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
+from model import BACKBONES, Decoder, DeepLabV3Plus, WeightsError
+
+STAGE, LABELED = 1, 0  # parts of the seeds, see data.Views
+
+# Defaults that depend on the data set; `iters` are stage 2's. The paper states no number of iterations.
+VOC = dict(
+    ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
+    backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
+    contrast_pixels=4096, workers=4, save_every=1000, eval_every=2660, log_every=50,
+)  # fmt: skip
+DEFAULTS = {
+    "voc": VOC,
+    "folder": VOC,
+    "cityscapes": dict(
+        VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
+    ),
+    "shapes": dict(
+        ratio="1/20", size=[96, 96], batch_size=6, pretrain_iters=600, eln_iters=300, iters=600, lr=1e-3,
+        backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
+        contrast_pixels=1024, workers=0, save_every=200, eval_every=300, log_every=50,
+    ),
+}  # fmt: skip
+# A run may be resumed with other values of these; all other options change the result.
+FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "stage1")
+
+
+class LabeledNetworks(nn.Module):
+    """What Sec. 3.1 trains: the main network, K auxiliary decoders and ELN, behind one forward.
+
+    num_classes C; args: backbone, weights, eln_backbone, eln_weights, width, alphas
+    auxiliary   False leaves the auxiliary decoders and ELN out
+    """
+
+    def __init__(self, num_classes, args, auxiliary=True):
+        super().__init__()
+        self.main = DeepLabV3Plus(num_classes, args.backbone, args.weights, args.width)
+        channels = self.main.encoder.low_channels, self.main.encoder.high_channels
+        self.aux_decoders, self.eln = nn.ModuleList(), None
+        if auxiliary:
+            self.aux_decoders.extend(Decoder(*channels, num_classes, args.width) for _ in args.alphas)
+            self.eln = ErrorLocalizationNetwork(num_classes, args.eln_backbone, args.eln_weights, args.width)
+
+    def forward(self, image):
+        """X (B, 3, H, W) -> logits (B, C, H, W), aux_logits: K of the same, valid_logits: K+1 (B, H, W)."""
+        low, high = self.main.encoder(image)
+        logits, _ = self.main.decoder(low, high, image.shape[2:])
+        if self.eln is None:
+            return logits, [], []
+        size = image.shape[2:]
+        aux_logits = [decoder(low.detach(), high.detach(), size)[0] for decoder in self.aux_decoders]
+        judged = torch.cat([eln_input(image, P) for P in (logits, *aux_logits)])  # ((K+1) B, 3+C+1, H, W)
+        valid_logits = self.eln(judged).chunk(1 + len(aux_logits))
+        return logits, aux_logits, valid_logits
+
+
+def add_options(parser):
+    """The options of both stages, in two groups, which are returned."""
+    paper = parser.add_argument_group(
+        "paper", "other values than the defaults of voc and cityscapes leave the paper"
+    )
+    run = parser.add_argument_group("run", "these leave the result as it is, up to rounding")
+    add = paper.add_argument
+    add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
+    add(
+        "--split",
+        type=natural,
+        default=0,
+        help="which seeded subset of that size; the paper averages three (Table 1)",
+    )
+    add("--labeled-list", metavar="FILE", help="ids of the labelled images, instead of --ratio and --split")
+    add("--unlabeled-list", metavar="FILE", help="ids of the unlabelled images, instead of all others")
+    add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
+    add("--weights", help="its first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
+    add("--eln-backbone", choices=BACKBONES, help="of ELN (Sec. 4.1)")
+    add("--eln-weights", help="ELN's first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
+    add("--width", type=positive, help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
+    add("--size", type=positive, nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
+    add("--batch-size", type=positive, help="images a step over all processes, of each kind (Sec. 4.2)")
+    add("--lr", type=float, help="learning rate of AdamW (Sec. 4.2)")
+    add("--backbone-lr", type=float, help="of the encoders, if another than --lr (the released code: 1e-5)")
+    add("--weight-decay", type=float, default=1e-5, help="of AdamW (Sec. 4.2)")
+    add("--alphas", type=float, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
+    add("--seed", type=natural, default=0, help="of weights, order, augmentation and dropout")
+    add(
+        "--amp",
+        choices=("auto", "off", "bfloat16", "float16"),
+        default="auto",
+        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16",
+    )
+    add = run.add_argument
+    add("--data", default="datasets", metavar="DIR", help="where the data set lies (README, Data)")
+    add("--out", metavar="DIR", help="the run's folder; default runs/DATASET-RATIO-SPLIT")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--workers", type=natural, help="processes that load data, per training process")
+    add("--save-every", type=positive, metavar="STEPS", help="between checkpoints")
+    add("--eval-every", type=positive, metavar="STEPS", help="between validations")
+    add("--log-every", type=positive, metavar="STEPS", help="between rows of the log")
+    return paper, run
+
+
+def natural(text):
+    """An argparse type: an integer of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return int(text)
+
+
+def positive(text):
+    """An argparse type: an integer of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return int(text)
+
+
+def make_parser(doc):
+    """An empty parser that shows the file's docstring and true defaults."""
+    formatter = type(
+        "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
+    )
+    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+    parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="sets the other defaults")
+    return parser
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--dataset", choices=DATASETS, default="shapes")
+    defaults = DEFAULTS[first.parse_known_args(argv)[0].dataset]
+    parser = make_parser(__doc__)
+    paper, _ = add_options(parser)
+    paper.add_argument("--pretrain-iters", type=natural, help="steps with L_sup alone")
+    paper.add_argument("--eln-iters", type=natural, help="steps with L_labeled, Eq. (7)")
+    paper.add_argument(
+        "--supervised-only", action="store_true", help="L_sup alone for --iters steps: the baseline"
+    )
+    paper.add_argument(
+        "--iters", type=positive, help="of --supervised-only; default: all steps of both stages"
+    )
+    parser.set_defaults(**{key: value for key, value in defaults.items() if key != "iters"})
+    args = parser.parse_args(argv)
+    del args.contrast_pixels  # stage 2's
+    if args.iters and not args.supervised_only:
+        parser.error("--iters goes with --supervised-only; stage 1 has --pretrain-iters and --eln-iters")
+    if args.supervised_only:
+        args.iters = args.iters or args.pretrain_iters + args.eln_iters + defaults["iters"]
+        args.pretrain_iters, args.eln_iters = args.iters, 0
+    elif args.pretrain_iters + args.eln_iters == 0:
+        parser.error("there is nothing to train: --pretrain-iters and --eln-iters are 0")
+    args.out = args.out or default_out(args) + ("-supervised" if args.supervised_only else "")
+    return args
+
+
+def default_out(args):
+    """runs/DATASET-RATIO-SPLIT, with "/" as "_"; a list's name stands for ratio and split."""
+    part = (
+        Path(args.labeled_list).stem if args.labeled_list else f"{args.ratio}-{args.split}".replace("/", "_")
+    )
+    return f"runs/{args.dataset}-{part}"
+
+
+def start_process(device):
+    """Join torchrun's processes, if any. Returns rank, number of processes, and this one's device."""
+    rank, world, local = (
+        int(os.environ.get(key, value)) for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
+    device = torch.device("cpu") if device == "cpu" else torch.device("cuda", local)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_amp(amp, device):
+    """--amp auto on this device -> a key of AMP_TYPES."""
+    if amp != "auto":
+        return amp
+    return "off" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+
+
+def parallel(module, device, world):
+    """The module, and under several processes one that averages their gradients."""
+    if world == 1:
+        return module
+    return nn.parallel.DistributedDataParallel(module, [device.index] if device.type == "cuda" else None)
+
+
+def total(tensor, world):
+    """The sum of a tensor over all processes."""
+    tensor = tensor.clone()
+    if world > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def parameter_groups(modules, args):
+    """All trainable parameters for the optimizer: the encoders' at --backbone-lr, the rest at --lr."""
+    named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+    backbone = [p for name, p in named if "encoder." in name]
+    rest = [p for name, p in named if "encoder." not in name]
+    return [
+        {"params": backbone, "lr": args.lr if args.backbone_lr is None else args.backbone_lr},
+        {"params": rest, "lr": args.lr},
+    ]
+
+
+def step_seed(seed, stage, step, rank):
+    """The seed of torch's global generator (dropout) for one step of one process."""
+    return int(np.random.default_rng([seed, stage, 2, step, rank]).integers(2**63))
+
+
+def save(state, path):
+    """torch.save, aside and then moved into place, so that `path` is whole at any moment."""
+    aside = Path(f"{path}.part")
+    with open(aside, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def plain(args):
+    """The arguments as a dict of plain values that torch.load(weights_only=True) accepts."""
+    return {
+        key: list(value) if isinstance(value, (list, tuple)) else value for key, value in vars(args).items()
+    }
+
+
+def read_resumable(path, args, dataset, labeled, unlabeled):
+    """The checkpoint at `path`, or None if there is none. Raises InputError if it is another run's."""
+    if not path.exists():
+        return None
+    checkpoint = read_checkpoint(path)
+    now = plain(args)
+    for key, value in checkpoint["args"].items():
+        if key not in FREE and now.get(key) != value:
+            raise InputError(
+                f"{path} was made with {option(key)} {value}, but this command has {now.get(key)}: give the "
+                "same arguments to go on, or another --out"
+            )
+    now = {"labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
+    for key, value in now.items():
+        if checkpoint[key] != value:
+            raise InputError(f"{path} was made with other {key} than {args.data} has now; use another --out")
+    return checkpoint
+
+
+def option(key):
+    return "--" + key.replace("_", "-")
+
+
+class Log:
+    """log_stageN.csv, and one line of progress: renewed on a terminal, a plain line elsewhere. Rank 0 alone
+    writes.
+
+    fields  columns; step  rows beyond it are dropped; steps in all
+    """
+
+    def __init__(self, path, fields, step, steps, rank):
+        self.path, self.fields, self.steps, self.rank = path, fields, steps, rank
+        self.last = step, time.monotonic()
+        if rank == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = []
+            if path.exists():
+                with open(path, newline="") as file:
+                    rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+            with open(path, "w", newline="") as file:
+                writer = csv.DictWriter(file, fields)
+                writer.writeheader()
+                writer.writerows(rows)
+
+    def steps_per_second(self, step):
+        """Since the last row, or the beginning."""
+        return (step - self.last[0]) / (time.monotonic() - self.last[1])
+
+    def write(self, step, values):
+        """Append {field: number} for a step, and show it."""
+        if self.rank == 0:
+            with open(self.path, "a", newline="") as file:
+                row = {"step": step, **{key: f"{value:.6g}" for key, value in values.items()}}
+                csv.DictWriter(file, self.fields).writerow(row)
+            shown = "  ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "steps/s")
+            left = int((self.steps - step) / values["steps/s"])
+            self.show(f"{step}/{self.steps}  {shown}  {left // 60}:{left % 60:02d} left", step < self.steps)
+        self.last = step, time.monotonic()
+
+    def show(self, line, renew=False):
+        if self.rank == 0:
+            terminal = sys.stdout.isatty()
+            print("\r\033[K" + line if terminal else line, end="" if terminal and renew else "\n", flush=True)
+
+
+def judgement_fields(K):
+    """The log's columns that `judgement` fills."""
+    names = [f"wrong_{k}" for k in range(K + 1)]
+    return [*(f"L_aux_{k}/L_sup" for k in range(1, K + 1)), *names, "eln_precision", "eln_recall"]
+
+
+@torch.no_grad()
+def judgement(logits, aux_logits, valid_logits, label, world):
+    """What ELN hangs on, over the labelled batch of all processes: {field: number} for judgement_fields.
+
+    L_aux_k/L_sup  decoder k's cross-entropy over the main one's; decoder k trains while it is above alpha^k
+    wrong_k        share of wrong pixels that decoder k gives ELN (0: the main one)
+    eln_precision, eln_recall  of ELN's "wrong" among all K+1 predictions
+    """
+    predictions = [logits, *aux_logits]
+    ce = total(torch.stack([cross_entropy(P, label).sum() for P in predictions]), world)
+    correct = torch.stack([correctness(P, label) for P in predictions])  # (K+1, B, H, W)
+    wrong, flagged = correct == 0, (torch.stack(list(valid_logits)) <= 0) & (correct != 255)
+    counts = [pixels.sum((1, 2, 3)).double() for pixels in (wrong, correct != 255, flagged, wrong & flagged)]
+    wrong, counted, flagged, hits = total(torch.stack(counts), world)  # (K+1,) each
+    precision, recall = hits.sum() / flagged.sum().clamp(min=1), hits.sum() / wrong.sum().clamp(min=1)
+    values = [*(ce[1:] / ce[0]), *(wrong / counted.clamp(min=1)), precision, recall]
+    return dict(zip(judgement_fields(len(aux_logits)), map(float, values)))
+
+
+def student_record(network, dataset, args):
+    """What evaluate.py needs to rebuild the network: its weights and plain values."""
+    classes = list(dataset.classes)
+    return {
+        "network": network.state_dict(), "backbone": args.backbone, "width": args.width, "classes": classes,
+        "palette": dataset.palette[: len(classes)].tolist(), "size": list(args.size), "crop": dataset.crop,
+    }  # fmt: skip
+
+
+def write_result(out, stage, result):
+    """Set result.json's entry `stage`, leaving the others."""
+    path = out / "result.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    known[stage] = result
+    aside = Path(f"{path}.part")
+    aside.write_text(json.dumps(known, indent=2) + "\n")
+    os.replace(aside, path)
+
+
+def describe(args, steps, seconds, device, **scores):
+    """A stage's entry in result.json."""
+    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+    return {
+        **scores, "steps": steps, "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
+        "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
+        "arguments": plain(args),
+    }  # fmt: skip
+
+
+def run_script(name, parse, train):
+    """Parse, join the other processes, train; unusable input ends in one line on stderr and exit code 2."""
+    try:
+        args = parse()
+        rank, world, device = start_process(args.device)
+        if world > args.batch_size:
+            raise InputError(
+                f"--batch-size {args.batch_size} is less than the {world} processes that share it"
+            )
+        train(args, rank, world, device)
+    except (InputError, WeightsError) as error:
+        # a loader's process wraps the message in its traceback, whose last line is "data.InputError: message"
+        message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+        print(f"{name}: {message}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def train(args, rank, world, device):
+    out = Path(args.out)
+    dataset = load_dataset(args.dataset, args.data)
+    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
+    steps = args.pretrain_iters + args.eln_iters
+    args.amp = resolve_amp(args.amp, device)
+    checkpoint = read_resumable(out / "stage1.pt", args, dataset, labeled, unlabeled)
+    if checkpoint and checkpoint["step"] == steps:
+        return print(f"{out / 'stage1.pt'} is finished ({steps} steps)") if rank == 0 else None
+    check_files(dataset, labeled, unlabeled, args.size)
+
+    torch.manual_seed(args.seed)
+    nets = LabeledNetworks(len(dataset.classes), args, auxiliary=not args.supervised_only).to(device)
+    nets.main.decoder.proj.requires_grad_(False)  # nothing in stage 1 gives it a gradient
+    if world > 1 and device.type == "cuda":
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    optimizer = torch.optim.AdamW(parameter_groups([nets.main], args), weight_decay=args.weight_decay)
+    amp = AMP_TYPES[args.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    start, seconds, best = 0, 0.0, 0.0
+    if checkpoint:
+        start, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+        fill(nets, checkpoint["networks"], out / "stage1.pt")
+        if start > args.pretrain_iters:
+            for group in parameter_groups([nets.aux_decoders, nets.eln], args):
+                optimizer.add_param_group(group)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    joint = start > args.pretrain_iters
+    model = parallel(nets if joint else nets.main, device, world)
+
+    batches = iter(make_loader(
+        dataset, labeled, args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
+        rank, world, args.workers,
+    ))  # fmt: skip
+    fields = ["step", "L_sup", "L_aux", "L_eln"]
+    if not args.supervised_only:
+        fields += judgement_fields(len(args.alphas))
+    log = Log(out / "log_stage1.csv", [*fields, "mIoU", "images/s", "steps/s"], start, steps, rank)
+    log.show(f"{out}: {len(labeled)} labelled images, {steps - start} steps on {world} x {device}")
+    began = time.monotonic() - seconds
+    b = share_of_batch(args.batch_size, rank, world)
+    share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
+
+    for step in range(start, steps):
+        if step == args.pretrain_iters:  # pre-training is over: the auxiliary decoders and ELN join
+            joint = True
+            for group in parameter_groups([nets.aux_decoders, nets.eln], args):
+                optimizer.add_param_group(group)
+            model = parallel(nets, device, world)
+        image, label = next(batches)
+        torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
+        image = normalize(image.to(device, non_blocking=True))
+        label = label.to(device, non_blocking=True).long()
+
+        nets.train()
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            if joint:
+                logits, aux_logits, valid_logits = model(image)
+            else:
+                logits, _ = model(image)
+        L_sup = share * supervised_loss(logits, label)  # Eq. (2)
+        loss, row = L_sup, {"L_sup": L_sup}
+        if joint:
+            L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
+            L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
+            loss = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+            row.update(L_aux=L_aux, L_eln=L_eln)
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        done = step + 1
+        last = done == steps
+        validate, write = done % args.eval_every == 0 or last, done % args.log_every == 0 or last
+        if validate or write:
+            row = {key: float(total(value.detach(), world) / world) for key, value in row.items()}
+            rate = log.steps_per_second(done)
+            row.update({"images/s": rate * args.batch_size, "steps/s": rate})
+            if joint:
+                row.update(judgement(logits, aux_logits, valid_logits, label, world))
+            if validate:
+                miou = mean_iou(
+                    score(nets.main, dataset, args.size, device, rank, world, args.workers)["resized"]
+                )
+                row["mIoU"], best = miou, max(best, miou)
+            log.write(done, row)
+        if rank == 0 and (done % args.save_every == 0 or last):
+            seconds = time.monotonic() - began
+            if last:
+                save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
+                write_result(out, "stage1", describe(args, steps, seconds, device, mIoU=miou, best_mIoU=best))
+            save({
+                "step": done, "seconds": seconds, "best": best, "args": plain(args), "labeled": labeled,
+                "unlabeled": unlabeled, "classes": list(dataset.classes), "networks": nets.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            }, out / "stage1.pt")  # fmt: skip
+    log.show(f"stage 1: mIoU {miou:.2f}  ({out / 'student_stage1.pt'})")
+
+
+if __name__ == "__main__":
+    run_script("train_stage1.py", parse_args, train)

@@ -1,0 +1,339 @@
+"""Stage 2 (Sec. 3.2): semi-supervised training of the student, on pixels whose pseudo labels ELN believes.
+
+    python train_stage2.py                                                   # after train_stage1.py
+    torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
+
+It begins with the networks of --stage1 (default: the run's folder), and takes from there every option that is
+not given. The teacher labels, ELN rejects, the student learns from the perturbed view; the labelled losses go
+on.
+"""
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from data import (
+    DATASETS,
+    InputError,
+    check_files,
+    load_dataset,
+    make_loader,
+    normalize,
+    share_of_batch,
+    split_ids,
+)
+from eln import eln_input
+from evaluate import fill, mean_iou, read_checkpoint, score
+from losses import (
+    auxiliary_loss,
+    contrastive_loss,
+    ema_update,
+    eln_loss,
+    labeled_loss,
+    pseudo_label_loss,
+    supervised_loss,
+    unlabeled_loss,
+)
+from train_stage1 import (
+    AMP_TYPES,
+    DEFAULTS,
+    LABELED,
+    LabeledNetworks,
+    Log,
+    add_options,
+    default_out,
+    describe,
+    judgement,
+    judgement_fields,
+    make_parser,
+    natural,
+    option,
+    parallel,
+    parameter_groups,
+    plain,
+    positive,
+    read_resumable,
+    resolve_amp,
+    run_script,
+    save,
+    step_seed,
+    student_record,
+    total,
+    write_result,
+)
+
+STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
+ROWS = 2048  # of Eq. (10)'s matrix at a time: bounds its memory, changes no value
+# Options that stage 2 may not change: they name the data and the networks of stage 1.
+FROM_STAGE1 = (
+    "dataset", "ratio", "split", "labeled_list", "unlabeled_list", "backbone", "weights", "eln_backbone",
+    "eln_weights", "width", "size", "alphas",
+)  # fmt: skip
+
+
+class SemiSupervisedNetworks(nn.Module):
+    """What Sec. 3.2 runs: student with its auxiliary networks, and teacher, behind one forward.
+
+    labeled  the LabeledNetworks of stage 1: the student is labeled.main; the teacher begins as its copy
+    """
+
+    def __init__(self, labeled):
+        super().__init__()
+        self.labeled = labeled
+        self.teacher = copy.deepcopy(labeled.main).requires_grad_(False)
+
+    def forward(self, image, image_u, image_u_strong):
+        """All predictions of one step: X labelled, X unlabelled, A.X; each (B, 3, H, W).
+
+        Returns a dict: logits, aux_logits, valid_logits as LabeledNetworks; pseudo_label (B, H, W) int64 and
+        valid
+        (B, H, W) bool of X; logits_u (B, C, H, W) and feature_s (B, D, stride 4) of the student for A.X;
+        feature_t (B, D, stride 4) of the teacher for X.
+        """
+        eln = self.labeled.eln
+        with torch.no_grad():  # teacher and ELN label with fixed statistics, before ELN trains in this step
+            logits_t, feature_t = self.teacher.eval()(image_u, embed=True)
+            pseudo_label = logits_t.argmax(dim=1)
+            if eln is None:
+                valid = torch.ones_like(pseudo_label, dtype=torch.bool)
+            else:
+                valid = eln.eval()(eln_input(image_u, logits_t)) > 0  # round(sigmoid) = 1
+                eln.train(self.training)
+        logits, aux_logits, valid_logits = self.labeled(image)
+        logits_u, feature_s = self.labeled.main(image_u_strong, embed=True)
+        return dict(
+            logits=logits, aux_logits=aux_logits, valid_logits=valid_logits,
+            pseudo_label=pseudo_label, valid=valid, logits_u=logits_u,
+            feature_s=feature_s, feature_t=feature_t,
+        )  # fmt: skip
+
+
+def gather(tensor, rows, fill, world):
+    """(n, ...) of each process, padded to `rows` with `fill` -> (world * rows, ...) of all. No gradient."""
+    padded = tensor.new_full((rows, *tensor.shape[1:]), fill)
+    padded[: len(tensor)] = tensor
+    if world == 1:
+        return padded
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    return torch.cat(parts)
+
+
+def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_size):
+    """The pixels of Eq. (10): this process's part of `pixels` valid ones drawn over the whole batch (0: all
+    valid).
+
+    pseudo_label (b, H, W) int64, valid (b, H, W) bool, shape (h, w) of the features; rng gives the same
+    numbers on
+    every process.
+    Returns place (n,) int64 in the b*h*w features, and label (n,) int64, 255 where a pixel is not drawn; n,
+    and
+    with it the memory, is at most `pixels`.
+    """
+    label = pseudo_label.masked_fill(~valid, 255).float()[:, None]
+    label = F.interpolate(label, size=shape, mode="nearest-exact").long().flatten()  # (b*h*w,)
+    if pixels == 0:
+        return torch.arange(len(label), device=label.device), label
+    per_image = shape[0] * shape[1]
+    lot = torch.from_numpy(rng.random((batch_size, per_image))[share_of_batch(batch_size, rank, world)])
+    lot = lot.to(label.device).flatten().masked_fill(label == 255, 2.0)  # valid pixels: in [0, 1)
+    lots = gather(lot, -(-batch_size // world) * per_image, 2.0, world)
+    last = lots.topk(min(pixels, len(lots)), largest=False).values[-1]
+    lot, place = lot.topk(min(pixels, len(lot)), largest=False)
+    return place, label[place].masked_fill(lot > last, 255)
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--dataset", choices=DATASETS, default="shapes")
+    for name in ("--ratio", "--labeled-list", "--out", "--stage1"):
+        first.add_argument(name)
+    first.add_argument("--split", default=0)
+    given, _ = first.parse_known_args(argv)
+    defaults = DEFAULTS[given.dataset]
+    given.ratio = given.ratio or defaults["ratio"]
+    stage1 = Path(given.stage1 or Path(given.out or default_out(given)) / "stage1.pt")
+    known = read_checkpoint(stage1)["args"] if stage1.exists() else {}
+
+    parser = make_parser(__doc__)
+    paper, run = add_options(parser)
+    run.add_argument(
+        "--stage1", metavar="FILE", help="checkpoint of stage 1; default stage1.pt in the run's folder"
+    )
+    add = paper.add_argument
+    add("--iters", type=positive, help="steps")
+    add("--beta", type=float, default=0.995, help="the teacher's share of itself, Eq. (8) (Sec. 4.2)")
+    add("--tau", type=float, default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
+    add("--contrast-pixels", type=natural, metavar="N", help="of the batch in Eq. (10); 0: every valid pixel")
+    add(
+        "--filter",
+        choices=("eln", "none"),
+        default="eln",
+        help="pseudo labels that count: those ELN believes, or all",
+    )
+    names = vars(parser.parse_args([])).keys() - {"out", "iters", "amp", "device"}
+    inherited = {key: value for key, value in known.items() if key in names}
+    parser.set_defaults(**{key: defaults[key] for key in (*names, "iters") if key in defaults})
+    parser.set_defaults(**inherited)
+    args = parser.parse_args(argv)
+    if not known:
+        parser.error(
+            f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint with --stage1"
+        )
+    for key in FROM_STAGE1:
+        if plain(args)[key] != known[key]:
+            parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known[key]}")
+    args.stage1 = str(stage1)
+    args.out = args.out or str(stage1.parent)
+    return args
+
+
+def train(args, rank, world, device):
+    out = Path(args.out)
+    dataset = load_dataset(args.dataset, args.data)
+    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
+    if not unlabeled:
+        raise InputError("there is no unlabelled image: every training image is labelled")
+    args.amp = resolve_amp(args.amp, device)
+    checkpoint = read_resumable(out / "stage2.pt", args, dataset, labeled, unlabeled)
+    if checkpoint and checkpoint["step"] == args.iters:
+        return print(f"{out / 'stage2.pt'} is finished ({args.iters} steps)") if rank == 0 else None
+    stage1 = read_checkpoint(args.stage1)
+    if stage1["step"] != stage1["args"]["pretrain_iters"] + stage1["args"]["eln_iters"]:
+        raise InputError(
+            f"{args.stage1} is unfinished (step {stage1['step']}): run train_stage1.py to its end first"
+        )
+    if stage1["labeled"] != labeled or stage1["classes"] != list(dataset.classes):
+        raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
+    check_files(dataset, labeled, unlabeled, args.size)
+
+    torch.manual_seed(args.seed)
+    untrained = argparse.Namespace(**{**vars(args), "weights": "none", "eln_weights": "none"})
+    labeled_nets = LabeledNetworks(len(dataset.classes), untrained, auxiliary=args.filter == "eln")
+    wanted = labeled_nets.state_dict().keys()
+    fill(
+        labeled_nets, {key: value for key, value in stage1["networks"].items() if key in wanted}, args.stage1
+    )
+    nets = SemiSupervisedNetworks(labeled_nets).to(device)
+    if world > 1 and device.type == "cuda":
+        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    student = nets.labeled.main
+    optimizer = torch.optim.AdamW(parameter_groups([nets.labeled], args), weight_decay=args.weight_decay)
+    amp = AMP_TYPES[args.amp]
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+
+    start, seconds, best = 0, 0.0, 0.0
+    if checkpoint:
+        start, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+        fill(nets, checkpoint["networks"], out / "stage2.pt")
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    model = parallel(nets, device, world)
+
+    def loader(ids, kind):
+        stream = (args.seed, STAGE, kind)
+        return iter(make_loader(
+            dataset, ids, args.size, kind == LABELED, args.batch_size, stream, start, args.iters,
+            rank, world, args.workers,
+        ))  # fmt: skip
+
+    batches = zip(loader(labeled, LABELED), loader(unlabeled, UNLABELED))
+    fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
+    if args.filter == "eln":
+        fields += judgement_fields(len(args.alphas))
+    fields += ["mIoU", "mIoU_teacher", "images/s", "steps/s"]
+    log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
+    log.show(
+        f"{out}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images, {args.iters - start} steps "
+        f"on {world} x {device}"
+    )
+    began = time.monotonic() - seconds
+    b = share_of_batch(args.batch_size, rank, world)
+    share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
+
+    for step in range(start, args.iters):
+        (image, label), (image_u, image_u_strong) = next(batches)
+        torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
+        image, image_u, image_u_strong = (
+            normalize(x.to(device, non_blocking=True)) for x in (image, image_u, image_u_strong)
+        )
+        label = label.to(device, non_blocking=True).long()
+
+        nets.train()
+        with torch.autocast(device.type, amp, enabled=amp is not None):
+            p = model(image, image_u, image_u_strong)
+
+        L_sup = share * supervised_loss(p["logits"], label)  # Eq. (2)
+        L_labeled, row = L_sup, {"L_sup": L_sup}
+        if args.filter == "eln":
+            L_aux = share * auxiliary_loss(p["aux_logits"], p["logits"], label, args.alphas)  # Eq. (3)
+            L_eln = share * eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label)  # Eq. (6)
+            L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+            row.update(L_aux=L_aux, L_eln=L_eln)
+
+        L_pseudo = share * pseudo_label_loss(p["logits_u"], p["pseudo_label"], p["valid"])  # Eq. (9)
+
+        rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
+        shape = p["feature_s"].shape[2:]
+        place, label_s = contrast_labels(
+            p["pseudo_label"], p["valid"], shape, args.contrast_pixels, rng, rank, world, args.batch_size
+        )
+        anchor, key = (
+            p[name].permute(0, 2, 3, 1).flatten(0, 2)[place] for name in ("feature_s", "feature_t")
+        )
+        rows = -(-args.batch_size // world) * shape.numel()
+        rows = min(rows, args.contrast_pixels) if args.contrast_pixels else rows
+        key, label_t = gather(key, rows, 0, world), gather(label_s, rows, 255, world)
+        V_r = (label_s != 255).sum()
+        share_V = world * V_r / total(V_r, world).clamp(min=1)  # Eq. (10) is a mean over the anchors of all
+        L_contra = share_V * contrastive_loss(anchor, key, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
+
+        loss = L_labeled + unlabeled_loss(L_pseudo, L_contra)  # Eq. (7) + Eq. (11)
+        row.update(L_pseudo=L_pseudo, L_contra=L_contra, accepted=share * p["valid"].float().mean())
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ema_update(nets.teacher, student, args.beta)  # Eq. (8)
+
+        done = step + 1
+        last = done == args.iters
+        validate, write = done % args.eval_every == 0 or last, done % args.log_every == 0 or last
+        if validate or write:
+            row = {key: float(total(value.detach(), world) / world) for key, value in row.items()}
+            rate = log.steps_per_second(done)
+            row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
+            if args.filter == "eln":
+                row.update(judgement(p["logits"], p["aux_logits"], p["valid_logits"], label, world))
+            if validate:
+                for name, network in (("mIoU", student), ("mIoU_teacher", nets.teacher)):
+                    matrices = score(network, dataset, args.size, device, rank, world, args.workers)
+                    row[name] = mean_iou(matrices["resized"])
+                miou, best = row["mIoU"], max(best, row["mIoU"])
+            log.write(done, row)
+        if rank == 0 and (done % args.save_every == 0 or last):
+            seconds = time.monotonic() - began
+            if last:
+                save(student_record(student, dataset, args), out / "student_stage2.pt")
+                write_result(out, "stage2", describe(
+                    args, args.iters, seconds, device,
+                    mIoU=miou, best_mIoU=best, mIoU_teacher=row["mIoU_teacher"],
+                ))  # fmt: skip
+            save({
+                "step": done, "seconds": seconds, "best": best, "args": plain(args), "labeled": labeled,
+                "unlabeled": unlabeled, "classes": list(dataset.classes), "networks": nets.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            }, out / "stage2.pt")  # fmt: skip
+    log.show(f"stage 2: mIoU {miou:.2f}  ({out / 'student_stage2.pt'})")
+
+
+if __name__ == "__main__":
+    run_script("train_stage2.py", parse_args, train)
