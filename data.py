@@ -291,9 +291,11 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
                 f"--ratio {ratio} asks for {count} labelled images, but only {len(with_mask)} of the "
                 f"{len(dataset.train)} training images have a mask"
             )
-        # RandomState's stream is frozen, so that a split is the same with every version of NumPy
-        order = np.random.RandomState(number).permutation(len(with_mask))
-        labeled = [with_mask[i] for i in sorted(order[:count])]
+        # All ids are permuted, so that deleting an unlabelled image's mask changes nothing. RandomState's
+        # stream is frozen, so that a split is the same with every version of NumPy.
+        order = [dataset.train[i] for i in np.random.RandomState(number).permutation(len(dataset.train))]
+        drawn = set([key for key in order if dataset.has_mask(key)][:count])
+        labeled = [key for key in dataset.train if key in drawn]
     if unlabeled_list:
         unlabeled = read_list(unlabeled_list, dataset.files)
         both = set(labeled).intersection(unlabeled)

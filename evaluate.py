@@ -8,7 +8,6 @@ python evaluate.py RUN --predict IMAGE ...    masks of any images; needs no data
 
 import argparse
 import json
-import pickle
 import sys
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+    except Exception:  # damaged bytes reach torch.load's readers as errors of many kinds
         raise InputError(
             f"{path} cannot be read: it is damaged, or holds something else than tensors and plain values"
         ) from None

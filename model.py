@@ -6,8 +6,6 @@ auxiliary decoders of Sec. 3.1 and ELN (eln.py) are made of the same parts.
     B images, C classes, H W image size; stride 4 means ceil(H/4) x ceil(W/4).
 """
 
-import pickle
-
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -48,7 +46,7 @@ def load_backbone_weights(resnet, name, weights):
             state = torch.load(weights, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             raise WeightsError(f"weights file {weights} does not exist") from None
-        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+        except Exception:  # damaged bytes reach torch.load's readers as errors of many kinds
             raise WeightsError(f"weights file {weights} is damaged, or not a state dict") from None
         if not isinstance(state, dict):
             raise WeightsError(f"weights file {weights} holds a {type(state).__name__}, not a state dict")

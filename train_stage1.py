@@ -1,12 +1,10 @@
-"""Stage 1 (Sec. 3.1): train the segmentation network, then auxiliary decoders and ELN with it, on labelled
-images.
+"""Stage 1 (Sec. 3.1): the segmentation network, then auxiliary decoders and ELN with it, on labelled images.
 
     python train_stage1.py                                                   # `shapes`, on any machine
     torchrun --nproc_per_node=4 train_stage1.py --dataset voc --data DIR --ratio 1/20
 
 First L_sup alone (--pretrain-iters), then L_labeled = L_sup + L_aux + L_ELN (--eln-iters). The same command
-goes on after an interruption. With --supervised-only, L_sup alone for --iters steps: the "Baseline" of Tables
-1 and 2.
+resumes an interrupted run. --supervised-only is L_sup alone for --iters steps: the "Baseline" of Table 1.
 """
 
 import argparse
@@ -24,15 +22,8 @@ import torchvision
 from torch import nn
 
 from data import (
-    DATASETS,
-    InputError,
-    check_files,
-    load_dataset,
-    make_loader,
-    normalize,
-    share_of_batch,
-    split_ids,
-)
+    DATASETS, InputError, check_files, load_dataset, make_loader, normalize, share_of_batch, split_ids,
+)  # fmt: skip
 from eln import ErrorLocalizationNetwork, eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
@@ -60,6 +51,9 @@ DEFAULTS = {
 }  # fmt: skip
 # A run may be resumed with other values of these; all other options change the result.
 FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "stage1")
+
+
+AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LabeledNetworks(nn.Module):
@@ -93,18 +87,11 @@ class LabeledNetworks(nn.Module):
 
 def add_options(parser):
     """The options of both stages, in two groups, which are returned."""
-    paper = parser.add_argument_group(
-        "paper", "other values than the defaults of voc and cityscapes leave the paper"
-    )
+    paper = parser.add_argument_group("paper", "other values than voc's and cityscapes' leave the paper")
     run = parser.add_argument_group("run", "these leave the result as it is, up to rounding")
     add = paper.add_argument
     add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
-    add(
-        "--split",
-        type=natural,
-        default=0,
-        help="which seeded subset of that size; the paper averages three (Table 1)",
-    )
+    add("--split", type=natural, default=0, help="which seeded subset; the paper averages three (Table 1)")
     add("--labeled-list", metavar="FILE", help="ids of the labelled images, instead of --ratio and --split")
     add("--unlabeled-list", metavar="FILE", help="ids of the unlabelled images, instead of all others")
     add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
@@ -119,12 +106,8 @@ def add_options(parser):
     add("--weight-decay", type=float, default=1e-5, help="of AdamW (Sec. 4.2)")
     add("--alphas", type=float, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
     add("--seed", type=natural, default=0, help="of weights, order, augmentation and dropout")
-    add(
-        "--amp",
-        choices=("auto", "off", "bfloat16", "float16"),
-        default="auto",
-        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16",
-    )
+    add("--amp", choices=("auto", *AMP_TYPES), default="auto",
+        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")  # fmt: skip
     add = run.add_argument
     add("--data", default="datasets", metavar="DIR", help="where the data set lies (README, Data)")
     add("--out", metavar="DIR", help="the run's folder; default runs/DATASET-RATIO-SPLIT")
@@ -152,10 +135,11 @@ def positive(text):
 
 def make_parser(doc):
     """An empty parser that shows the file's docstring and true defaults."""
-    formatter = type(
-        "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
-    )
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter)
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
     parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="sets the other defaults")
     return parser
 
@@ -165,15 +149,11 @@ def parse_args(argv=None):
     first.add_argument("--dataset", choices=DATASETS, default="shapes")
     defaults = DEFAULTS[first.parse_known_args(argv)[0].dataset]
     parser = make_parser(__doc__)
-    paper, _ = add_options(parser)
-    paper.add_argument("--pretrain-iters", type=natural, help="steps with L_sup alone")
-    paper.add_argument("--eln-iters", type=natural, help="steps with L_labeled, Eq. (7)")
-    paper.add_argument(
-        "--supervised-only", action="store_true", help="L_sup alone for --iters steps: the baseline"
-    )
-    paper.add_argument(
-        "--iters", type=positive, help="of --supervised-only; default: all steps of both stages"
-    )
+    add = add_options(parser)[0].add_argument
+    add("--pretrain-iters", type=natural, help="steps with L_sup alone (Sec. 3.1)")
+    add("--eln-iters", type=natural, help="steps with L_labeled, Eq. (7)")
+    add("--supervised-only", action="store_true", help="L_sup alone for --iters steps: the baseline")
+    add("--iters", type=positive, help="of --supervised-only; by default as many as both stages have")
     parser.set_defaults(**{key: value for key, value in defaults.items() if key != "iters"})
     args = parser.parse_args(argv)
     del args.contrast_pixels  # stage 2's
@@ -190,10 +170,8 @@ def parse_args(argv=None):
 
 def default_out(args):
     """runs/DATASET-RATIO-SPLIT, with "/" as "_"; a list's name stands for ratio and split."""
-    part = (
-        Path(args.labeled_list).stem if args.labeled_list else f"{args.ratio}-{args.split}".replace("/", "_")
-    )
-    return f"runs/{args.dataset}-{part}"
+    subset = Path(args.labeled_list).stem if args.labeled_list else f"{args.ratio}-{args.split}"
+    return f"runs/{args.dataset}-{subset.replace('/', '_')}"
 
 
 def start_process(device):
@@ -210,9 +188,6 @@ def start_process(device):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
-
-
-AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_amp(amp, device):
@@ -238,14 +213,15 @@ def total(tensor, world):
 
 
 def parameter_groups(modules, args):
-    """All trainable parameters for the optimizer: the encoders' at --backbone-lr, the rest at --lr."""
-    named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
-    backbone = [p for name, p in named if "encoder." in name]
-    rest = [p for name, p in named if "encoder." not in name]
-    return [
-        {"params": backbone, "lr": args.lr if args.backbone_lr is None else args.backbone_lr},
-        {"params": rest, "lr": args.lr},
-    ]
+    """All trainable parameters for the optimizer; encoders at --backbone-lr, the rest at --lr."""
+    groups = []
+    for module in modules:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        backbone = [p for name, p in named if "encoder." in name]
+        rest = [p for name, p in named if "encoder." not in name]
+        groups.append({"params": backbone, "lr": args.lr if args.backbone_lr is None else args.backbone_lr})
+        groups.append({"params": rest, "lr": args.lr})
+    return groups
 
 
 def step_seed(seed, stage, step, rank):
@@ -265,37 +241,49 @@ def save(state, path):
 
 def plain(args):
     """The arguments as a dict of plain values that torch.load(weights_only=True) accepts."""
-    return {
-        key: list(value) if isinstance(value, (list, tuple)) else value for key, value in vars(args).items()
-    }
-
-
-def read_resumable(path, args, dataset, labeled, unlabeled):
-    """The checkpoint at `path`, or None if there is none. Raises InputError if it is another run's."""
-    if not path.exists():
-        return None
-    checkpoint = read_checkpoint(path)
-    now = plain(args)
-    for key, value in checkpoint["args"].items():
-        if key not in FREE and now.get(key) != value:
-            raise InputError(
-                f"{path} was made with {option(key)} {value}, but this command has {now.get(key)}: give the "
-                "same arguments to go on, or another --out"
-            )
-    now = {"labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
-    for key, value in now.items():
-        if checkpoint[key] != value:
-            raise InputError(f"{path} was made with other {key} than {args.data} has now; use another --out")
-    return checkpoint
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
 
 
 def option(key):
     return "--" + key.replace("_", "-")
 
 
+def open_run(args, path, device):
+    """What a stage begins with: its data, and its checkpoint at `path` if there is one.
+
+    Sets args.amp to what "auto" means on this device.
+    Returns dataset, run, checkpoint or None; run is the part of a checkpoint that never changes: a dict of
+    args, labeled and unlabeled (ids), classes. Raises InputError for bad input, or another run's checkpoint.
+    """
+    args.amp = resolve_amp(args.amp, device)
+    dataset = load_dataset(args.dataset, args.data)
+    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
+    run = {"args": plain(args), "labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
+    checkpoint = read_checkpoint(path) if path.exists() else None
+    if checkpoint:
+        for key, value in checkpoint["args"].items():
+            if key not in FREE and run["args"].get(key) != value:
+                raise InputError(
+                    f"{path} was made with {option(key)} {value}, but this command has "
+                    f"{run['args'].get(key)}: give the same arguments to go on, or another --out"
+                )
+        for key in ("labeled", "unlabeled", "classes"):
+            if checkpoint[key] != run[key]:
+                raise InputError(f"{path} was made with other {key} than {args.data} has; use another --out")
+    check_files(dataset, labeled, unlabeled, args.size)
+    return dataset, run, checkpoint
+
+
+def restore(path, checkpoint, nets, optimizer, scaler):
+    """Put a checkpoint back. Returns the steps done, the seconds they took, and the best mIoU so far."""
+    fill(nets, checkpoint["networks"], path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    scaler.load_state_dict(checkpoint["scaler"])
+    return checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+
+
 class Log:
-    """log_stageN.csv, and one line of progress: renewed on a terminal, a plain line elsewhere. Rank 0 alone
-    writes.
+    """log_stageN.csv, and one line of progress: renewed on a terminal, plain elsewhere. Rank 0 alone writes.
 
     fields  columns; step  rows beyond it are dropped; steps in all
     """
@@ -395,9 +383,7 @@ def run_script(name, parse, train):
         args = parse()
         rank, world, device = start_process(args.device)
         if world > args.batch_size:
-            raise InputError(
-                f"--batch-size {args.batch_size} is less than the {world} processes that share it"
-            )
+            raise InputError(f"--batch-size {args.batch_size} is too small for {world} processes")
         train(args, rank, world, device)
     except (InputError, WeightsError) as error:
         # a loader's process wraps the message in its traceback, whose last line is "data.InputError: message"
@@ -409,46 +395,37 @@ def run_script(name, parse, train):
 
 
 def train(args, rank, world, device):
-    out = Path(args.out)
-    dataset = load_dataset(args.dataset, args.data)
-    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
-    steps = args.pretrain_iters + args.eln_iters
-    args.amp = resolve_amp(args.amp, device)
-    checkpoint = read_resumable(out / "stage1.pt", args, dataset, labeled, unlabeled)
-    if checkpoint and checkpoint["step"] == steps:
-        return print(f"{out / 'stage1.pt'} is finished ({steps} steps)") if rank == 0 else None
-    check_files(dataset, labeled, unlabeled, args.size)
+    out, steps = Path(args.out), args.pretrain_iters + args.eln_iters
+    path = out / "stage1.pt"
+    dataset, run, checkpoint = open_run(args, path, device)
+    start = checkpoint["step"] if checkpoint else 0
+    if start == steps:
+        return print(f"{path} is finished ({steps} steps)") if rank == 0 else None
 
     torch.manual_seed(args.seed)
     nets = LabeledNetworks(len(dataset.classes), args, auxiliary=not args.supervised_only).to(device)
     nets.main.decoder.proj.requires_grad_(False)  # nothing in stage 1 gives it a gradient
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    optimizer = torch.optim.AdamW(parameter_groups([nets.main], args), weight_decay=args.weight_decay)
+    joint = start > args.pretrain_iters
+    trained = [nets.main, nets.aux_decoders, nets.eln] if joint else [nets.main]
+    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-
-    start, seconds, best = 0, 0.0, 0.0
+    seconds, best = 0.0, 0.0
     if checkpoint:
-        start, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
-        fill(nets, checkpoint["networks"], out / "stage1.pt")
-        if start > args.pretrain_iters:
-            for group in parameter_groups([nets.aux_decoders, nets.eln], args):
-                optimizer.add_param_group(group)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-    joint = start > args.pretrain_iters
+        start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
     model = parallel(nets if joint else nets.main, device, world)
 
     batches = iter(make_loader(
-        dataset, labeled, args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
+        dataset, run["labeled"], args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
         rank, world, args.workers,
     ))  # fmt: skip
     fields = ["step", "L_sup", "L_aux", "L_eln"]
     if not args.supervised_only:
         fields += judgement_fields(len(args.alphas))
     log = Log(out / "log_stage1.csv", [*fields, "mIoU", "images/s", "steps/s"], start, steps, rank)
-    log.show(f"{out}: {len(labeled)} labelled images, {steps - start} steps on {world} x {device}")
+    log.show(f"{out}: {len(run['labeled'])} labelled images, {steps - start} steps on {world} x {device}")
     began = time.monotonic() - seconds
     b = share_of_batch(args.batch_size, rank, world)
     share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
@@ -458,6 +435,7 @@ def train(args, rank, world, device):
             joint = True
             for group in parameter_groups([nets.aux_decoders, nets.eln], args):
                 optimizer.add_param_group(group)
+            model = None  # the pre-training's wrapper lets go of the gradients before another takes them
             model = parallel(nets, device, world)
         image, label = next(batches)
         torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
@@ -493,10 +471,9 @@ def train(args, rank, world, device):
             if joint:
                 row.update(judgement(logits, aux_logits, valid_logits, label, world))
             if validate:
-                miou = mean_iou(
-                    score(nets.main, dataset, args.size, device, rank, world, args.workers)["resized"]
-                )
-                row["mIoU"], best = miou, max(best, miou)
+                matrices = score(nets.main, dataset, args.size, device, rank, world, args.workers)
+                miou = row["mIoU"] = mean_iou(matrices["resized"])
+                best = max(best, miou)
             log.write(done, row)
         if rank == 0 and (done % args.save_every == 0 or last):
             seconds = time.monotonic() - began
@@ -504,10 +481,9 @@ def train(args, rank, world, device):
                 save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
                 write_result(out, "stage1", describe(args, steps, seconds, device, mIoU=miou, best_mIoU=best))
             save({
-                "step": done, "seconds": seconds, "best": best, "args": plain(args), "labeled": labeled,
-                "unlabeled": unlabeled, "classes": list(dataset.classes), "networks": nets.state_dict(),
+                **run, "step": done, "seconds": seconds, "best": best, "networks": nets.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            }, out / "stage1.pt")  # fmt: skip
+            }, path)  # fmt: skip
     log.show(f"stage 1: mIoU {miou:.2f}  ({out / 'student_stage1.pt'})")
 
 

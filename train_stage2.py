@@ -4,8 +4,7 @@
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
 It begins with the networks of --stage1 (default: the run's folder), and takes from there every option that is
-not given. The teacher labels, ELN rejects, the student learns from the perturbed view; the labelled losses go
-on.
+not given. The teacher labels, ELN rejects, the student learns from perturbed views and from labelled images.
 """
 
 import argparse
@@ -19,55 +18,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import (
-    DATASETS,
-    InputError,
-    check_files,
-    load_dataset,
-    make_loader,
-    normalize,
-    share_of_batch,
-    split_ids,
-)
+from data import DATASETS, InputError, make_loader, normalize, share_of_batch
 from eln import eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
-    auxiliary_loss,
-    contrastive_loss,
-    ema_update,
-    eln_loss,
-    labeled_loss,
-    pseudo_label_loss,
-    supervised_loss,
+    auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss, supervised_loss,
     unlabeled_loss,
-)
+)  # fmt: skip
 from train_stage1 import (
-    AMP_TYPES,
-    DEFAULTS,
-    LABELED,
-    LabeledNetworks,
-    Log,
-    add_options,
-    default_out,
-    describe,
-    judgement,
-    judgement_fields,
-    make_parser,
-    natural,
-    option,
-    parallel,
-    parameter_groups,
-    plain,
-    positive,
-    read_resumable,
-    resolve_amp,
-    run_script,
-    save,
-    step_seed,
-    student_record,
-    total,
-    write_result,
-)
+    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, describe, judgement,
+    judgement_fields, make_parser, natural, open_run, option, parallel, parameter_groups, plain, positive,
+    restore, run_script, save, step_seed, student_record, total, write_result,
+)  # fmt: skip
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
 ROWS = 2048  # of Eq. (10)'s matrix at a time: bounds its memory, changes no value
@@ -127,15 +89,12 @@ def gather(tensor, rows, fill, world):
 
 
 def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_size):
-    """The pixels of Eq. (10): this process's part of `pixels` valid ones drawn over the whole batch (0: all
-    valid).
+    """This process's pixels of Eq. (10): its part of `pixels` valid ones drawn over the batch, or (0) of all.
 
-    pseudo_label (b, H, W) int64, valid (b, H, W) bool, shape (h, w) of the features; rng gives the same
-    numbers on
-    every process.
-    Returns place (n,) int64 in the b*h*w features, and label (n,) int64, 255 where a pixel is not drawn; n,
-    and
-    with it the memory, is at most `pixels`.
+    pseudo_label (b, H, W) int64, valid (b, H, W) bool; shape (h, w) of the features
+    rng  gives the same numbers on every process
+    Returns place (n,) int64 in the b*h*w features, and label (n,) int64, 255 where a pixel is not drawn.
+    With a limit, n is at most `pixels`, and so is the memory that Eq. (10) takes.
     """
     label = pseudo_label.masked_fill(~valid, 255).float()[:, None]
     label = F.interpolate(label, size=shape, mode="nearest-exact").long().flatten()  # (b*h*w,)
@@ -148,6 +107,24 @@ def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_
     last = lots.topk(min(pixels, len(lots)), largest=False).values[-1]
     lot, place = lot.topk(min(pixels, len(lot)), largest=False)
     return place, label[place].masked_fill(lot > last, 255)
+
+
+def contrast_batch(p, args, step, rank, world):
+    """Anchors of this process and keys of all for Eq. (10), from the forward's dict p.
+
+    Returns f (n, D), f_t (m, D), label_s (n,), label_t (m,) and share_V: since Eq. (10) is a mean over anchors
+    of all processes, each weighs its own mean by its part of them, times `world` because DDP averages.
+    """
+    B, shape = args.batch_size, p["feature_s"].shape[2:]
+    rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
+    pixels = (p["pseudo_label"], p["valid"], shape, args.contrast_pixels, rng, rank, world, B)
+    place, label_s = contrast_labels(*pixels)
+    f, f_t = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (p["feature_s"], p["feature_t"]))  # (n, D)
+    rows = -(-B // world) * shape.numel()
+    rows = min(rows, args.contrast_pixels) if args.contrast_pixels else rows
+    V_r = (label_s != 255).sum()
+    share_V = world * V_r / total(V_r, world).clamp(min=1)
+    return f, gather(f_t, rows, 0, world), label_s, gather(label_s, rows, 255, world), share_V
 
 
 def parse_args(argv=None):
@@ -164,29 +141,20 @@ def parse_args(argv=None):
 
     parser = make_parser(__doc__)
     paper, run = add_options(parser)
-    run.add_argument(
-        "--stage1", metavar="FILE", help="checkpoint of stage 1; default stage1.pt in the run's folder"
-    )
+    run.add_argument("--stage1", metavar="FILE", help="stage 1's checkpoint; default: the run's stage1.pt")
     add = paper.add_argument
     add("--iters", type=positive, help="steps")
     add("--beta", type=float, default=0.995, help="the teacher's share of itself, Eq. (8) (Sec. 4.2)")
     add("--tau", type=float, default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
     add("--contrast-pixels", type=natural, metavar="N", help="of the batch in Eq. (10); 0: every valid pixel")
-    add(
-        "--filter",
-        choices=("eln", "none"),
-        default="eln",
-        help="pseudo labels that count: those ELN believes, or all",
-    )
+    add("--filter", choices=("eln", "none"), default="eln", help="pseudo labels that count: ELN's, or all")
     names = vars(parser.parse_args([])).keys() - {"out", "iters", "amp", "device"}
     inherited = {key: value for key, value in known.items() if key in names}
     parser.set_defaults(**{key: defaults[key] for key in (*names, "iters") if key in defaults})
     parser.set_defaults(**inherited)
     args = parser.parse_args(argv)
     if not known:
-        parser.error(
-            f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint with --stage1"
-        )
+        parser.error(f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint (--stage1)")
     for key in FROM_STAGE1:
         if plain(args)[key] != known[key]:
             parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known[key]}")
@@ -196,31 +164,25 @@ def parse_args(argv=None):
 
 
 def train(args, rank, world, device):
-    out = Path(args.out)
-    dataset = load_dataset(args.dataset, args.data)
-    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
-    if not unlabeled:
+    out, path = Path(args.out), Path(args.out) / "stage2.pt"
+    dataset, run, checkpoint = open_run(args, path, device)
+    start = checkpoint["step"] if checkpoint else 0
+    if start == args.iters:
+        return print(f"{path} is finished ({args.iters} steps)") if rank == 0 else None
+    if not run["unlabeled"]:
         raise InputError("there is no unlabelled image: every training image is labelled")
-    args.amp = resolve_amp(args.amp, device)
-    checkpoint = read_resumable(out / "stage2.pt", args, dataset, labeled, unlabeled)
-    if checkpoint and checkpoint["step"] == args.iters:
-        return print(f"{out / 'stage2.pt'} is finished ({args.iters} steps)") if rank == 0 else None
     stage1 = read_checkpoint(args.stage1)
     if stage1["step"] != stage1["args"]["pretrain_iters"] + stage1["args"]["eln_iters"]:
-        raise InputError(
-            f"{args.stage1} is unfinished (step {stage1['step']}): run train_stage1.py to its end first"
-        )
-    if stage1["labeled"] != labeled or stage1["classes"] != list(dataset.classes):
+        raise InputError(f"{args.stage1} is unfinished (step {stage1['step']}): let train_stage1.py end")
+    if stage1["labeled"] != run["labeled"] or stage1["classes"] != run["classes"]:
         raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
-    check_files(dataset, labeled, unlabeled, args.size)
 
     torch.manual_seed(args.seed)
     untrained = argparse.Namespace(**{**vars(args), "weights": "none", "eln_weights": "none"})
     labeled_nets = LabeledNetworks(len(dataset.classes), untrained, auxiliary=args.filter == "eln")
-    wanted = labeled_nets.state_dict().keys()
-    fill(
-        labeled_nets, {key: value for key, value in stage1["networks"].items() if key in wanted}, args.stage1
-    )
+    wanted = labeled_nets.state_dict().keys()  # with --filter none the main network alone
+    known = {key: value for key, value in stage1["networks"].items() if key in wanted}
+    fill(labeled_nets, known, args.stage1)
     nets = SemiSupervisedNetworks(labeled_nets).to(device)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
@@ -229,31 +191,24 @@ def train(args, rank, world, device):
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    start, seconds, best = 0, 0.0, 0.0
+    seconds, best = 0.0, 0.0
     if checkpoint:
-        start, seconds, best = checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
-        fill(nets, checkpoint["networks"], out / "stage2.pt")
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
     model = parallel(nets, device, world)
 
-    def loader(ids, kind):
+    def loader(ids, labeled, kind):
         stream = (args.seed, STAGE, kind)
-        return iter(make_loader(
-            dataset, ids, args.size, kind == LABELED, args.batch_size, stream, start, args.iters,
-            rank, world, args.workers,
-        ))  # fmt: skip
+        steps_and_part = (start, args.iters, rank, world, args.workers)
+        return make_loader(dataset, ids, args.size, labeled, args.batch_size, stream, *steps_and_part)
 
-    batches = zip(loader(labeled, LABELED), loader(unlabeled, UNLABELED))
+    batches = zip(loader(run["labeled"], True, LABELED), loader(run["unlabeled"], False, UNLABELED))
     fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
     if args.filter == "eln":
         fields += judgement_fields(len(args.alphas))
     fields += ["mIoU", "mIoU_teacher", "images/s", "steps/s"]
     log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
-    log.show(
-        f"{out}: {len(labeled)} labelled and {len(unlabeled)} unlabelled images, {args.iters - start} steps "
-        f"on {world} x {device}"
-    )
+    images = f"{len(run['labeled'])} labelled and {len(run['unlabeled'])} unlabelled images"
+    log.show(f"{out}: {images}, {args.iters - start} steps on {world} x {device}")
     began = time.monotonic() - seconds
     b = share_of_batch(args.batch_size, rank, world)
     share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
@@ -280,22 +235,11 @@ def train(args, rank, world, device):
 
         L_pseudo = share * pseudo_label_loss(p["logits_u"], p["pseudo_label"], p["valid"])  # Eq. (9)
 
-        rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
-        shape = p["feature_s"].shape[2:]
-        place, label_s = contrast_labels(
-            p["pseudo_label"], p["valid"], shape, args.contrast_pixels, rng, rank, world, args.batch_size
-        )
-        anchor, key = (
-            p[name].permute(0, 2, 3, 1).flatten(0, 2)[place] for name in ("feature_s", "feature_t")
-        )
-        rows = -(-args.batch_size // world) * shape.numel()
-        rows = min(rows, args.contrast_pixels) if args.contrast_pixels else rows
-        key, label_t = gather(key, rows, 0, world), gather(label_s, rows, 255, world)
-        V_r = (label_s != 255).sum()
-        share_V = world * V_r / total(V_r, world).clamp(min=1)  # Eq. (10) is a mean over the anchors of all
-        L_contra = share_V * contrastive_loss(anchor, key, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
+        f, f_t, label_s, label_t, share_V = contrast_batch(p, args, step, rank, world)
+        L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
 
-        loss = L_labeled + unlabeled_loss(L_pseudo, L_contra)  # Eq. (7) + Eq. (11)
+        L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
+        loss = L_labeled + L_unlabeled
         row.update(L_pseudo=L_pseudo, L_contra=L_contra, accepted=share * p["valid"].float().mean())
 
         optimizer.zero_grad(set_to_none=True)
@@ -328,10 +272,9 @@ def train(args, rank, world, device):
                     mIoU=miou, best_mIoU=best, mIoU_teacher=row["mIoU_teacher"],
                 ))  # fmt: skip
             save({
-                "step": done, "seconds": seconds, "best": best, "args": plain(args), "labeled": labeled,
-                "unlabeled": unlabeled, "classes": list(dataset.classes), "networks": nets.state_dict(),
+                **run, "step": done, "seconds": seconds, "best": best, "networks": nets.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            }, out / "stage2.pt")  # fmt: skip
+            }, path)  # fmt: skip
     log.show(f"stage 2: mIoU {miou:.2f}  ({out / 'student_stage2.pt'})")
 
 
