@@ -30,7 +30,7 @@ VOC_CLASSES = (
     "person pottedplant sheep sofa train tvmonitor"
 ).split()
 SHAPES_CLASSES = "background disk ring square striped_square triangle cross".split()
-SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 400, 100, 96
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 800, 100, 96
 
 
 class InputError(ValueError):
@@ -64,20 +64,19 @@ class Dataset:
         """The image `key` -> (3, H, W) uint8 RGB, turned upright. Raises InputError if it cannot be read."""
         if self.name == "shapes":
             return draw_scene(key)[0]
-        with open_image(self.files[key][0]) as image:
-            return TF.pil_to_tensor(image.convert("RGB"))
+        return TF.pil_to_tensor(open_image(self.files[key][0]).convert("RGB"))
 
     def read_label(self, key):
         """The mask of `key` -> (H, W) uint8, 0 .. C-1 or 255. Raises InputError if it is anything else."""
         if self.name == "shapes":
             return draw_scene(key)[1]
-        path = self.files[key][1]
-        with open_image(path) as mask:
-            if mask.mode not in ("L", "P", "1", "I;16", "I"):
-                raise InputError(
-                    f"mask {path} has mode {mask.mode}; it must be indexed or grey, with classes as values"
-                )
-            label = np.asarray(mask)
+        image, path = self.files[key]
+        if path is None:
+            raise InputError(f"{image} has no mask")
+        mask = open_image(path)
+        if mask.mode not in ("L", "P", "1", "I;16", "I"):
+            raise InputError(f"mask {path} has mode {mask.mode}; it must be grey or indexed by class")
+        label = np.asarray(mask)
         known = len(self.classes) if self.train_id is None else len(self.train_id)
         wrong = label[(label >= known) & (label != VOID)]
         if wrong.size:
@@ -87,17 +86,45 @@ class Dataset:
         label = label if self.train_id is None else self.train_id[label]
         return torch.from_numpy(label.astype(np.uint8))
 
+    def read_pair(self, key):
+        """read_image and read_label of `key`. Raises InputError also if the two differ in size."""
+        image, label = self.read_image(key), self.read_label(key)
+        if image.shape[1:] != label.shape:
+            (path, mask), have, want = self.files[key], tuple(label.shape), tuple(image.shape[1:])
+            raise InputError(f"mask {mask} is {have} (H, W), but its image {path} is {want}")
+        return image, label
 
-def open_image(path):
-    """A decoded PIL image, turned upright as its EXIF entry says. Raises InputError with the path in it."""
+
+def open_image(path, read=ImageOps.exif_transpose):
+    """read(image) of an opened PIL image: by default the image, decoded and turned upright as EXIF says.
+
+    Raises InputError, naming the file, if it cannot be read.
+    """
     try:
-        image = Image.open(path)
-        image.load()
-        return ImageOps.exif_transpose(image)
+        with Image.open(path) as image:
+            return read(image)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
         raise InputError(f"{path} cannot be read as an image ({error})") from None
+
+
+def upright_size(image):
+    """(H, W) of a PIL image as it will be when turned upright; reads its header alone."""
+    on_its_side = image.getexif().get(0x0112, 1) > 4  # the EXIF entry "orientation"
+    return image.size if on_its_side else image.size[::-1]
+
+
+def within(low, high=math.inf, kind=int):
+    """An argparse type: a number of this kind, low <= number <= high."""
+
+    def number(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    return number
 
 
 def load_dataset(name, data="datasets"):
@@ -105,8 +132,7 @@ def load_dataset(name, data="datasets"):
 
     name  one of DATASETS
     data  the folder that holds VOCdevkit/VOC2012 (voc), leftImg8bit and gtFine (cityscapes), or images,
-          masks,
-          train.txt, val.txt, classes.txt (folder); `shapes` ignores it
+          masks, train.txt, val.txt and classes.txt (folder); `shapes` ignores it
     Returns a Dataset. Raises InputError if something is missing.
     """
     if name == "shapes":
@@ -177,8 +203,7 @@ def read_lines(path):
 def read_list(path, files):
     """The ids that a list file names, each once, in its order.
 
-    A line is an id, or an "image mask" pair of paths as other projects ship them, of which the image's name
-    counts.
+    A line is an id, or an "image mask" pair of paths as other projects ship them: the image's name counts.
     Raises InputError if the file cannot be read or an id has no image.
     """
     ids = []
@@ -204,8 +229,7 @@ def voc_palette():
 def draw_scene(key):
     """One scene of `shapes`, drawn from its id alone.
 
-    Objects of six classes occlude each other. Colours are drawn at random, so that only form or texture tells
-    the
+    Objects of six classes occlude each other. Colours are random, so that only form or texture tells the
     class; rings and crosses are thin; half of the objects have a void rim.
     Returns image (3, 96, 96) uint8, label (96, 96) uint8 with 255 for void.
     """
@@ -259,12 +283,11 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
     """Which training images are labelled, and which are used without a label.
 
     ratio           labelled share of all training ids, rounded down: a string such as "1/20", "0.05", "1"
-    number          which of the seeded subsets (0, 1, 2 in the paper's averages)
-    labeled_list    a list file instead of ratio and number; unlabeled_list: a list file instead of all other
-                    ids
+    number          which of the seeded subsets (0, 1, 2 for the paper's averages)
+    labeled_list    a list file instead of ratio and number
+    unlabeled_list  a list file instead of all other ids
     Returns (labelled ids, unlabelled ids), disjoint. Labelled ids are drawn from those that have a mask.
-    Raises InputError if ratio makes no sense or no labelled image, if masks are too few, or if the lists
-    overlap.
+    Raises InputError if the ratio is nonsense or leaves no image, masks are too few, or the lists overlap.
     """
     if labeled_list:
         labeled = read_list(labeled_list, dataset.files)
@@ -312,46 +335,23 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
 def check_files(dataset, labeled, unlabeled, size):
     """Refuse before the first step what would break in mid-run.
 
-    Decodes the labelled images and masks; of the validation images and masks, and of unlabelled images, it
-    reads the
-    headers alone. Raises InputError for what cannot be read, a mask whose size is not its image's or whose
-    values are not classes, a validation image without a mask, and images that a crop of `size` does not fit
-    in.
+    Decodes labelled and validation images with their masks; of unlabelled images it reads the headers alone.
+    Raises InputError for what cannot be read, a mask whose size is not its image's or whose values are not
+    classes, a validation image without a mask, and images that a crop of `size` does not fit in.
     """
     if dataset.name == "shapes":
         return
 
-    def shape(path):
-        try:
-            with Image.open(path) as image:
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return image.size if turned else image.size[::-1]
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path} cannot be read as an image ({error})") from None
+    def check(key, with_mask):
+        path = dataset.files[key][0]
+        have = dataset.read_pair(key)[0].shape[1:] if with_mask else open_image(path, upright_size)
+        if dataset.crop and (have[0] < size[0] or have[1] < size[1]):
+            raise InputError(f"{path} is {have[0]}x{have[1]}, smaller than --size {size[0]} {size[1]}")
 
-    def check(task):
-        key, decode, with_mask = task
-        image, mask = dataset.files[key]
-        if with_mask and mask is None:
-            raise InputError(f"{image} has no mask")
-        if decode:
-            size_image = tuple(dataset.read_image(key).shape[1:])
-            size_mask = tuple(dataset.read_label(key).shape)
-        else:
-            size_image = shape(image)
-            size_mask = shape(mask) if with_mask else size_image
-        if size_mask != size_image:
-            raise InputError(f"mask {mask} is {size_mask} (H, W), but its image {image} is {size_image}")
-        if dataset.crop and (size_image[0] < size[0] or size_image[1] < size[1]):
-            raise InputError(
-                f"{image} is {size_image} (H, W), smaller than the crop --size {size[0]} {size[1]}"
-            )
-
-    tasks = [(key, True, True) for key in labeled]
-    tasks += [(key, False, False) for key in unlabeled] + [(key, False, True) for key in dataset.val]
+    keys = [*labeled, *dataset.val, *unlabeled]
+    with_mask = [True] * (len(labeled) + len(dataset.val)) + [False] * len(unlabeled)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        for _ in pool.map(check, tasks):
-            pass
+        list(pool.map(check, keys, with_mask))
 
 
 def normalize(image):
@@ -387,12 +387,11 @@ def perturb(image, rng):
 
 
 class Views(torch.utils.data.Dataset):
-    """Training samples: views[index, draw] is image number `index`, augmented by the random numbers of
-    `draw`.
+    """Training samples: views[index, draw] is image number `index`, augmented by the numbers of `draw`.
 
     labeled=True   (image, label): X (3, H, W) uint8 and Y (H, W) uint8
     labeled=False  (image_u, image_u_strong): X and A.X, (3, H, W) uint8, of one geometry; no mask is opened
-    stream         tuple of ints that keeps the random numbers of stages and of the two kinds of images apart
+    stream         tuple of ints that keeps the random numbers of stages and of the two kinds apart
     """
 
     def __init__(self, dataset, ids, size, labeled, stream):
@@ -402,8 +401,7 @@ class Views(torch.utils.data.Dataset):
         index, draw = item
         rng = np.random.default_rng([*self.stream, 1, draw])
         key = self.ids[index]
-        image = self.dataset.read_image(key)
-        label = self.dataset.read_label(key) if self.labeled else None
+        image, label = self.dataset.read_pair(key) if self.labeled else (self.dataset.read_image(key), None)
         if self.dataset.crop:
             top, left = (int(rng.integers(have - want + 1)) for have, want in zip(image.shape[1:], self.size))
             window = (..., slice(top, top + self.size[0]), slice(left, left + self.size[1]))
@@ -422,8 +420,7 @@ def share_of_batch(batch_size, rank, world):
 
 
 class IndexStream:
-    """Batch sampler: for each step of start .. stop-1, this process's share of the batch as (index, draw)
-    pairs.
+    """Batch sampler: for each step of start .. stop-1, this process's part of the batch, (index, draw) pairs.
 
     Draw number d is place d of an endless sequence of permutations of the `length` images, so that a step's
     batch depends on the seed (in `stream`) and the step alone.
@@ -453,8 +450,7 @@ def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, ra
     """Batches of Views for the steps start .. stop-1, in order.
 
     Labelled: (b, 3, H, W) and (b, H, W) uint8; unlabelled: two (b, 3, H, W) uint8. batch_size is over all
-    processes;
-    b is this process's share of it.
+    processes; b is this one's part of it.
     """
     return torch.utils.data.DataLoader(
         Views(dataset, ids, size, labeled, stream),

@@ -17,14 +17,13 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional as TF
 
-from data import VOID, InputError, load_dataset, normalize, open_image, resize
+from data import VOID, InputError, load_dataset, normalize, open_image, resize, within
 from eln import ErrorLocalizationNetwork, eln_input
 from model import DeepLabV3Plus
 
 
 def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labeled", "unlabeled")):
-    """A dict of tensors and plain values that torch.save wrote, with `needed` among its keys; never runs code
-    in it.
+    """A dict of tensors and plain values that torch.save wrote, with `needed` among its keys; runs no code.
 
     Raises InputError, naming the file, if it is missing, damaged, or something else.
     """
@@ -48,15 +47,15 @@ def fill(network, state, path):
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path} holds other networks: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[1].strip()
+        raise InputError(f"{path} holds other networks than are needed: {reason[:80]} ...") from None
 
 
 def load_student(path, device="cpu"):
     """A trained segmentation network from student_stage1.pt or student_stage2.pt.
 
-    Returns (network in eval mode, record): the record is a dict with classes (C names), palette (C RGB
-    triples),
-    size (H, W) of training images, and crop (True: trained on crops, so images go in as they are).
+    Returns (network in eval mode, record). The record is a dict with classes (C names), palette (C RGB
+    triples), size (H, W) of training images, and crop (True: trained on crops, images go in as they are).
     Raises InputError if the file is missing, broken, or of something else.
     """
     record = read_checkpoint(path, ("network", "backbone", "width", "classes", "palette", "size", "crop"))
@@ -78,11 +77,10 @@ def load_eln(path, checkpoint, device="cpu"):
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Images with masks for measuring: scenes[i] = image at the network's size, label at that size, label as
-    it is.
+    """Images with masks for measuring: scenes[i] = image and label at the network's size, label as it is.
 
-    keys  ids of the data set; size (H, W), unless the data set is trained on crops: then images stay as they
-          are
+    keys  ids of the data set
+    size  (H, W); if the data set is trained on crops, images stay as they are
     All three are uint8: (3, H, W), (H, W), (H0, W0).
     """
 
@@ -93,9 +91,7 @@ class Scenes(torch.utils.data.Dataset):
         return len(self.keys)
 
     def __getitem__(self, i):
-        image, label = self.dataset.read_image(self.keys[i]), self.dataset.read_label(self.keys[i])
-        if image.shape[1:] != label.shape:
-            raise InputError(f"mask {self.dataset.files[self.keys[i]][1]} and its image differ in size")
+        image, label = self.dataset.read_pair(self.keys[i])
         size = image.shape[1:] if self.dataset.crop else self.size
         return *resize(image, label, size), label
 
@@ -150,12 +146,10 @@ def mean_iou(matrix):
 
 
 class Ranking:
-    """Average precision of a score that should be high where a prediction is wrong, over any number of
-    pixels.
+    """Average precision of a score that should be high where a prediction is wrong, over all pixels.
 
-    Scores are counted in `bins` equal steps between low and high, so that memory stays bounded; pixels within
-    one
-    step count as ties.
+    Scores are counted in `bins` equal steps from low to high, so that memory stays bounded; pixels within
+    one step count as ties.
     """
 
     def __init__(self, low, high, device, bins=20000):
@@ -184,11 +178,11 @@ def rates(positive, claimed):
 def error_localization(network, eln, scenes, threshold):
     """Table 4: does ELN, or a threshold on the softmax's confidence, tell wrong pixels from right ones?
 
-    scenes  an iterable as from scenes_of; threshold on the confidence in (0, 1)
-    Returns {method: {"correct": ..., "error": ..., "AP": number}}: for each of the two as the positive class
-    {"image": (3,), "pooled": (3,)}, precision, recall and F1 averaged over images (where defined) and pooled
-    over all
-    pixels; AP is the average precision of the ranking of errors. Void is left out.
+    scenes     an iterable as from scenes_of
+    threshold  pixels of at most this confidence are taken for wrong
+    Returns {method: {"correct": ..., "error": ..., "AP": number}}. "correct" and "error", as the positive
+    class, hold {"image": (3,), "pooled": (3,)}: precision, recall and F1 averaged over images (where
+    defined), and over all pixels. AP is the average precision at ranking errors first. Void is left out.
     """
     rankings, per_image, pooled = {}, {}, {}
     for X, label, _ in scenes:
@@ -272,14 +266,14 @@ def fig5(network, eln, X, image, label, palette):
 @torch.no_grad()
 def predict(network, record, path, folder, device):
     """Segment an image file: STEM_class.png (class numbers), STEM_colour.png, STEM_overlay.png in folder."""
-    with open_image(path) as opened:
-        image = TF.pil_to_tensor(opened.convert("RGB"))
+    image = TF.pil_to_tensor(open_image(path).convert("RGB"))
     size = image.shape[1:] if record["crop"] else record["size"]
     logits, _ = network(normalize(resize(image, None, size)[0].to(device))[None])
     logits = torch.nn.functional.interpolate(logits, image.shape[1:], mode="bilinear", align_corners=False)
     index = logits[0].argmax(0)
     painted = colour(index, record["palette"])
     overlay = (0.5 * image.permute(1, 2, 0).numpy() + 0.5 * painted).astype(np.uint8)
+    folder.mkdir(exist_ok=True)
     stem = folder / Path(path).stem
     for name, array in (
         ("class", index.cpu().numpy().astype(np.uint8)),
@@ -302,7 +296,7 @@ def parse_args(argv=None):
         "--data", metavar="DIR", help="where the data set lies (default: where the run found it)"
     )
     parser.add_argument(
-        "--figures", type=int, default=0, metavar="N", help="draw Fig. 5 for N unlabelled images"
+        "--figures", type=within(0), default=0, metavar="N", help="draw Fig. 5 for N unlabelled images"
     )
     parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment image files; scores nothing")
     parser.add_argument("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
@@ -310,7 +304,7 @@ def parse_args(argv=None):
         "--threshold", type=float, default=0.9, help="on the confidence, for comparison (0.9)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data (0: none)")
+    parser.add_argument("--workers", type=within(0), default=0, help="processes that load data (0: none)")
     return parser.parse_args(argv)
 
 
@@ -321,7 +315,6 @@ def main(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     network, record = load_student(args.run / f"student_stage{stage}.pt", device)
     if args.predict:
-        (args.run / "predictions").mkdir(exist_ok=True)
         for path in args.predict:
             print(predict(network, record, path, args.run / "predictions", device))
         return

@@ -25,8 +25,7 @@ def load_backbone_weights(resnet, name, weights):
     resnet   the network, its `fc` included
     name     one of BACKBONES
     weights  "none" (nothing is done), "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), or the path
-             of
-             a torchvision state dict of any floating-point type, with `fc.*` or without
+             of a torchvision state dict of any floating-point type, with `fc.*` or without
     Raises WeightsError if the file is missing or unreadable, or has an entry too few, too many or of another
     shape (`fc.*` and BatchNorm's count, which old files lack, apart).
     """
@@ -51,21 +50,19 @@ def load_backbone_weights(resnet, name, weights):
         if not isinstance(state, dict):
             raise WeightsError(f"weights file {weights} holds a {type(state).__name__}, not a state dict")
 
-    def shapes(state):
-        return {
-            key: tuple(getattr(value, "shape", ["not a tensor"])) for key, value in state.items()
-            if not str(key).startswith("fc.") and not str(key).endswith("num_batches_tracked")
-        }  # fmt: skip
+    own = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
+    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
+    counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
+    state = {**counts, **state}  # files older than BatchNorm's count lack it
 
-    differ = shapes(resnet.state_dict()).items() ^ shapes(state).items()
+    def shapes(state):
+        return {(str(key), tuple(getattr(value, "shape", ["no tensor"]))) for key, value in state.items()}
+
+    differ = sorted({key for key, _ in shapes(own) ^ shapes(state)})
     if differ:
-        keys = sorted({str(key) for key, _ in differ})
-        raise WeightsError(
-            f"weights {weights} are not those of {name}: {len(keys)} entries differ, such as "
-            f"{', '.join(keys[:3])}"
-        )
-    backbone = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    resnet.load_state_dict({**resnet.state_dict(), **backbone})
+        some = ", ".join(differ[:3])
+        raise WeightsError(f"weights {weights} are not those of {name}: {len(differ)} entries differ, such as {some}")
+    resnet.load_state_dict({**resnet.state_dict(), **state})
 
 
 class Encoder(nn.Module):
@@ -156,8 +153,7 @@ class Decoder(nn.Module):
         """Logits at `size` (H, W), and with embed=True features.
 
         low (B, low_channels, stride 4), high (B, high_channels, stride 16)
-        Returns logits (B, out_channels, H, W), at least float32, and feature (B, EMBEDDING, stride 4) or
-        None.
+        Returns logits (B, out_channels, H, W), at least float32; feature (B, EMBEDDING, stride 4) or None.
         """
         x = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=False)
         x = self.fuse(torch.cat([x, self.low(low)], dim=1))  # (B, width, stride 4)

@@ -23,6 +23,7 @@ from torch import nn
 
 from data import (
     DATASETS, InputError, check_files, load_dataset, make_loader, normalize, share_of_batch, split_ids,
+    within,
 )  # fmt: skip
 from eln import ErrorLocalizationNetwork, eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
@@ -35,7 +36,7 @@ STAGE, LABELED = 1, 0  # parts of the seeds, see data.Views
 VOC = dict(
     ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
     backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
-    contrast_pixels=4096, workers=4, save_every=1000, eval_every=2660, log_every=50,
+    contrast_pixels=4096, workers=min(4, os.cpu_count()), save_every=1000, eval_every=2660, log_every=50,
 )  # fmt: skip
 DEFAULTS = {
     "voc": VOC,
@@ -44,9 +45,9 @@ DEFAULTS = {
         VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
     ),
     "shapes": dict(
-        ratio="1/20", size=[96, 96], batch_size=6, pretrain_iters=600, eln_iters=300, iters=600, lr=1e-3,
+        ratio="1/20", size=[96, 96], batch_size=4, pretrain_iters=800, eln_iters=250, iters=400, lr=1e-3,
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
-        contrast_pixels=1024, workers=0, save_every=200, eval_every=300, log_every=50,
+        contrast_pixels=1024, workers=0, save_every=200, eval_every=400, log_every=50,
     ),
 }  # fmt: skip
 # A run may be resumed with other values of these; all other options change the result.
@@ -89,48 +90,34 @@ def add_options(parser):
     """The options of both stages, in two groups, which are returned."""
     paper = parser.add_argument_group("paper", "other values than voc's and cityscapes' leave the paper")
     run = parser.add_argument_group("run", "these leave the result as it is, up to rounding")
-    add = paper.add_argument
+    add, rate = paper.add_argument, within(0, kind=float)
     add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
-    add("--split", type=natural, default=0, help="which seeded subset; the paper averages three (Table 1)")
+    add("--split", type=within(0), default=0, help="which seeded subset; the paper averages three (Table 1)")
     add("--labeled-list", metavar="FILE", help="ids of the labelled images, instead of --ratio and --split")
     add("--unlabeled-list", metavar="FILE", help="ids of the unlabelled images, instead of all others")
     add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
     add("--weights", help="its first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
     add("--eln-backbone", choices=BACKBONES, help="of ELN (Sec. 4.1)")
     add("--eln-weights", help="ELN's first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
-    add("--width", type=positive, help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
-    add("--size", type=positive, nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
-    add("--batch-size", type=positive, help="images a step over all processes, of each kind (Sec. 4.2)")
-    add("--lr", type=float, help="learning rate of AdamW (Sec. 4.2)")
-    add("--backbone-lr", type=float, help="of the encoders, if another than --lr (the released code: 1e-5)")
-    add("--weight-decay", type=float, default=1e-5, help="of AdamW (Sec. 4.2)")
-    add("--alphas", type=float, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
-    add("--seed", type=natural, default=0, help="of weights, order, augmentation and dropout")
+    add("--width", type=within(1), help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
+    add("--size", type=within(1), nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
+    add("--batch-size", type=within(1), help="images a step over all processes, of each kind (Sec. 4.2)")
+    add("--lr", type=rate, help="learning rate of AdamW (Sec. 4.2)")
+    add("--backbone-lr", type=rate, help="of the encoders, if another than --lr (the released code: 1e-5)")
+    add("--weight-decay", type=rate, default=1e-5, help="of AdamW (Sec. 4.2)")
+    add("--alphas", type=rate, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
+    add("--seed", type=within(0), default=0, help="of weights, order, augmentation and dropout")
     add("--amp", choices=("auto", *AMP_TYPES), default="auto",
         help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")  # fmt: skip
     add = run.add_argument
     add("--data", default="datasets", metavar="DIR", help="where the data set lies (README, Data)")
     add("--out", metavar="DIR", help="the run's folder; default runs/DATASET-RATIO-SPLIT")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    add("--workers", type=natural, help="processes that load data, per training process")
-    add("--save-every", type=positive, metavar="STEPS", help="between checkpoints")
-    add("--eval-every", type=positive, metavar="STEPS", help="between validations")
-    add("--log-every", type=positive, metavar="STEPS", help="between rows of the log")
+    add("--workers", type=within(0), help="processes that load data, per training process")
+    add("--save-every", type=within(1), metavar="STEPS", help="between checkpoints")
+    add("--eval-every", type=within(1), metavar="STEPS", help="between validations")
+    add("--log-every", type=within(1), metavar="STEPS", help="between rows of the log")
     return paper, run
-
-
-def natural(text):
-    """An argparse type: an integer of at least 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return int(text)
-
-
-def positive(text):
-    """An argparse type: an integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return int(text)
 
 
 def make_parser(doc):
@@ -139,21 +126,21 @@ def make_parser(doc):
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
 
-    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
     parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="sets the other defaults")
     return parser
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=DATASETS, default="shapes")
     defaults = DEFAULTS[first.parse_known_args(argv)[0].dataset]
     parser = make_parser(__doc__)
     add = add_options(parser)[0].add_argument
-    add("--pretrain-iters", type=natural, help="steps with L_sup alone (Sec. 3.1)")
-    add("--eln-iters", type=natural, help="steps with L_labeled, Eq. (7)")
+    add("--pretrain-iters", type=within(0), help="steps with L_sup alone (Sec. 3.1)")
+    add("--eln-iters", type=within(0), help="steps with L_labeled, Eq. (7)")
     add("--supervised-only", action="store_true", help="L_sup alone for --iters steps: the baseline")
-    add("--iters", type=positive, help="of --supervised-only; by default as many as both stages have")
+    add("--iters", type=within(1), help="of --supervised-only; by default as many as both stages have")
     parser.set_defaults(**{key: value for key, value in defaults.items() if key != "iters"})
     args = parser.parse_args(argv)
     del args.contrast_pixels  # stage 2's

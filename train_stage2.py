@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import DATASETS, InputError, make_loader, normalize, share_of_batch
+from data import DATASETS, InputError, make_loader, normalize, share_of_batch, within
 from eln import eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
@@ -27,8 +27,8 @@ from losses import (
 )  # fmt: skip
 from train_stage1 import (
     AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, describe, judgement,
-    judgement_fields, make_parser, natural, open_run, option, parallel, parameter_groups, plain, positive,
-    restore, run_script, save, step_seed, student_record, total, write_result,
+    judgement_fields, make_parser, open_run, option, parallel, parameter_groups, plain, restore,
+    run_script, save, step_seed, student_record, total, write_result,
 )  # fmt: skip
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -52,11 +52,10 @@ class SemiSupervisedNetworks(nn.Module):
         self.teacher = copy.deepcopy(labeled.main).requires_grad_(False)
 
     def forward(self, image, image_u, image_u_strong):
-        """All predictions of one step: X labelled, X unlabelled, A.X; each (B, 3, H, W).
+        """All predictions of one step, from X labelled, X unlabelled and A.X, each (B, 3, H, W).
 
         Returns a dict: logits, aux_logits, valid_logits as LabeledNetworks; pseudo_label (B, H, W) int64 and
-        valid
-        (B, H, W) bool of X; logits_u (B, C, H, W) and feature_s (B, D, stride 4) of the student for A.X;
+        valid (B, H, W) bool of X; logits_u (B, C, H, W) and feature_s (B, D, stride 4), the student of A.X;
         feature_t (B, D, stride 4) of the teacher for X.
         """
         eln = self.labeled.eln
@@ -112,8 +111,8 @@ def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_
 def contrast_batch(p, args, step, rank, world):
     """Anchors of this process and keys of all for Eq. (10), from the forward's dict p.
 
-    Returns f (n, D), f_t (m, D), label_s (n,), label_t (m,) and share_V: since Eq. (10) is a mean over anchors
-    of all processes, each weighs its own mean by its part of them, times `world` because DDP averages.
+    Returns f (n, D), f_t (m, D), label_s (n,), label_t (m,) and share_V: Eq. (10) is a mean over anchors
+    of all processes: each weighs its own mean by its part of them, times `world` because DDP averages.
     """
     B, shape = args.batch_size, p["feature_s"].shape[2:]
     rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
@@ -128,25 +127,26 @@ def contrast_batch(p, args, step, rank, world):
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--dataset", choices=DATASETS, default="shapes")
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--dataset", choices=DATASETS)
     for name in ("--ratio", "--labeled-list", "--out", "--stage1"):
         first.add_argument(name)
     first.add_argument("--split", default=0)
     given, _ = first.parse_known_args(argv)
-    defaults = DEFAULTS[given.dataset]
-    given.ratio = given.ratio or defaults["ratio"]
+    given.dataset = given.dataset or "shapes"
+    given.ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
     stage1 = Path(given.stage1 or Path(given.out or default_out(given)) / "stage1.pt")
     known = read_checkpoint(stage1)["args"] if stage1.exists() else {}
+    defaults = DEFAULTS[known.get("dataset", given.dataset)]
 
     parser = make_parser(__doc__)
     paper, run = add_options(parser)
     run.add_argument("--stage1", metavar="FILE", help="stage 1's checkpoint; default: the run's stage1.pt")
     add = paper.add_argument
-    add("--iters", type=positive, help="steps")
-    add("--beta", type=float, default=0.995, help="the teacher's share of itself, Eq. (8) (Sec. 4.2)")
-    add("--tau", type=float, default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
-    add("--contrast-pixels", type=natural, metavar="N", help="of the batch in Eq. (10); 0: every valid pixel")
+    add("--iters", type=within(1), help="steps")
+    add("--beta", type=within(0, 1, float), default=0.995, help="share of the teacher in Eq. (8) (Sec. 4.2)")
+    add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
+    add("--contrast-pixels", type=within(0), metavar="N", help="of a batch in Eq. (10); 0: every valid one")
     add("--filter", choices=("eln", "none"), default="eln", help="pseudo labels that count: ELN's, or all")
     names = vars(parser.parse_args([])).keys() - {"out", "iters", "amp", "device"}
     inherited = {key: value for key, value in known.items() if key in names}
@@ -172,6 +172,8 @@ def train(args, rank, world, device):
     if not run["unlabeled"]:
         raise InputError("there is no unlabelled image: every training image is labelled")
     stage1 = read_checkpoint(args.stage1)
+    if "eln_iters" not in stage1["args"]:
+        raise InputError(f"{args.stage1} is not a checkpoint of stage 1")
     if stage1["step"] != stage1["args"]["pretrain_iters"] + stage1["args"]["eln_iters"]:
         raise InputError(f"{args.stage1} is unfinished (step {stage1['step']}): let train_stage1.py end")
     if stage1["labeled"] != run["labeled"] or stage1["classes"] != run["classes"]:
