@@ -58,6 +58,7 @@ class Dataset:
     train_id: np.ndarray = None
 
     def has_mask(self, key):
+        """Whether `key` could be a labelled image."""
         return self.name == "shapes" or self.files[key][1] is not None
 
     def read_image(self, key):
@@ -116,7 +117,7 @@ def upright_size(image):
 
 
 def within(low, high=math.inf, kind=int):
-    """An argparse type: a number of this kind, low <= number <= high."""
+    """An argparse type, for all scripts: a number of this kind, low <= number <= high."""
 
     def number(text):
         value = kind(text)
@@ -329,6 +330,9 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
     else:
         known = set(labeled)
         unlabeled = [key for key in dataset.train if key not in known]
+    leak = set(dataset.val).intersection([*labeled, *unlabeled])
+    if leak:
+        raise InputError(f"the training lists name {len(leak)} validation images, {sorted(leak)[0]} is one")
     return labeled, unlabeled
 
 
@@ -461,7 +465,7 @@ def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, ra
 
 
 def prepare_voc(data, counts=(10582, 1449)):
-    """Download VOC 2012 and SBD below `data`, and write SegmentationClassAug, trainaug.txt and val.txt.
+    """Download VOC 2012 and SBD below `data`, and write SegmentationClassAug and trainaug.txt.
 
     Training ids are SBD's train and val less VOC's val, plus VOC's train, whose masks are VOC's own. Raises
     InputError unless there are `counts` training and validation ids in the end.

@@ -66,8 +66,8 @@ def load_student(path, device="cpu"):
 
 def load_eln(path, checkpoint, device="cpu"):
     """ELN in eval mode from a stage's checkpoint that was read from `path`; None if the run trained none."""
-    networks = {key.removeprefix("labeled."): value for key, value in checkpoint["networks"].items()}
-    state = {key.removeprefix("eln."): value for key, value in networks.items() if key.startswith("eln.")}
+    networks = checkpoint["networks"]  # "eln." in stage 1, "labeled.eln." in stage 2
+    state = {key.split("eln.", 1)[1]: value for key, value in networks.items() if "eln." in key}
     if not state:
         return None
     args = checkpoint["args"]
@@ -98,10 +98,12 @@ class Scenes(torch.utils.data.Dataset):
 
 def scenes_of(dataset, keys, size, device, workers):
     """Scenes one by one, on the device: X (1, 3, H, W) float, label (H, W) and original (H0, W0) int64."""
-    for image, label, original in torch.utils.data.DataLoader(
-        Scenes(dataset, keys, size), None, num_workers=workers
-    ):
+    loader = torch.utils.data.DataLoader(Scenes(dataset, keys, size), None, num_workers=workers)
+    for done, (image, label, original) in enumerate(loader, start=1):
         yield normalize(image.to(device))[None], label.to(device).long(), original.to(device).long()
+        if sys.stderr.isatty():
+            end = "\r\033[K" if done == len(keys) else ""
+            print(f"\r{done}/{len(keys)} images", end=end, file=sys.stderr, flush=True)
 
 
 def count(prediction, label, C):
@@ -120,6 +122,9 @@ def score(network, dataset, size, device, rank=0, world=1, workers=0):
     C = len(dataset.classes)
     matrices = torch.zeros(2, C, C, dtype=torch.int64, device=device)
     network.eval()
+    if world > 1:  # BatchNorm's statistics differ between processes on CPUs; the first one's are saved
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
     for X, label, original in scenes_of(dataset, dataset.val[rank::world], size, device, workers):
         logits, _ = network(X)
         matrices[0] += count(logits[0].argmax(0), label, C)
@@ -168,10 +173,9 @@ class Ranking:
         return float((precision * self.counts[1].flip(0)).sum() / wrong[-1].clamp(min=1))
 
 
-def rates(positive, claimed):
-    """Precision, recall, F1 of the bool (n,) `claimed` against `positive`: (3,), nan where undefined."""
-    hits, claims, all_positive = (positive & claimed).sum().double(), claimed.sum(), positive.sum()
-    return torch.stack([hits / claims, hits / all_positive, 2 * hits / (claims + all_positive)])
+def rates(hits, claimed, positive):
+    """Precision, recall and F1 from numbers of pixels, float64: (3, ...), nan where undefined."""
+    return torch.stack([hits / claimed, hits / positive, 2 * hits / (claimed + positive)])
 
 
 @torch.no_grad()
@@ -184,41 +188,35 @@ def error_localization(network, eln, scenes, threshold):
     class, hold {"image": (3,), "pooled": (3,)}: precision, recall and F1 averaged over images (where
     defined), and over all pixels. AP is the average precision at ranking errors first. Void is left out.
     """
-    rankings, per_image, pooled = {}, {}, {}
+    rankings, counts = {}, {}
     for X, label, _ in scenes:
         logits, _ = network(X)
         known = label != VOID
-        wrong = (logits[0].argmax(0) != label)[known]
-        log_P = logits[0].double().log_softmax(0)[:, known]
-        log_confidence = log_P.max(0).values
+        wrong = (logits[0].argmax(0) != label)[known]  # (n,) bool
+        log_P = logits[0].double().log_softmax(0)[:, known]  # (C, n)
+        confidence = log_P.max(0).values.exp()
         entropy = -(log_P.exp() * log_P).sum(0)
-        doubt = {  # high where the prediction may be wrong; and which pixels the method rejects
-            "confidence": (
-                -(torch.logit(log_confidence.exp(), eps=1e-12)),
-                log_confidence.exp() <= threshold,
-            ),
+        # how much each method doubts a pixel, and which pixels it rejects
+        doubt = {
+            "confidence": (-torch.logit(confidence, eps=1e-12), confidence <= threshold),
             "entropy": (entropy.clamp(min=1e-12).log(), None),
         }
         if eln is not None:
             valid_logit = eln(eln_input(X, logits))[0][known]
-            doubt = {"ELN": (-valid_logit.double(), valid_logit <= 0), **doubt}
-        for name, (score_, rejected) in doubt.items():
-            rankings.setdefault(name, Ranking(-30, 30, X.device)).add(score_, wrong)
+            doubt = {"ELN": (-valid_logit, valid_logit <= 0), **doubt}
+        for method, (amount, rejected) in doubt.items():
+            rankings.setdefault(method, Ranking(-30, 30, X.device)).add(amount, wrong)
             if rejected is None:
                 continue
-            for positive, of, claim in (("correct", ~wrong, ~rejected), ("error", wrong, rejected)):
-                per_image.setdefault((name, positive), []).append(rates(of, claim))
-                sums = torch.stack([(of & claim).sum(), claim.sum(), of.sum()])
-                pooled[name, positive] = pooled.get((name, positive), 0) + sums
-    table = {name: {"AP": ranking.average_precision()} for name, ranking in rankings.items()}
-    for (name, positive), values in per_image.items():
-        hits, claims, all_positive = pooled[name, positive].double()
-        table[name][positive] = {
-            "image": torch.stack(values).nanmean(0).tolist(),
-            "pooled": [
-                float(v) for v in (hits / claims, hits / all_positive, 2 * hits / (claims + all_positive))
-            ],
-        }
+            for kind, positive, claimed in (("correct", ~wrong, ~rejected), ("error", wrong, rejected)):
+                row = torch.stack([(positive & claimed).sum(), claimed.sum(), positive.sum()]).double()
+                counts.setdefault((method, kind), []).append(row)
+    table = {method: {"AP": ranking.average_precision()} for method, ranking in rankings.items()}
+    for (method, kind), rows in counts.items():
+        rows = torch.stack(rows)  # (images, 3)
+        table[method][kind] = {
+            "image": rates(*rows.T).nanmean(1).tolist(), "pooled": rates(*rows.sum(0)).tolist()
+        }  # fmt: skip
     return table
 
 
@@ -285,32 +283,28 @@ def predict(network, record, path, folder, device):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
-    parser.add_argument(
-        "--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)"
-    )
-    parser.add_argument(
-        "--data", metavar="DIR", help="where the data set lies (default: where the run found it)"
-    )
-    parser.add_argument(
-        "--figures", type=within(0), default=0, metavar="N", help="draw Fig. 5 for N unlabelled images"
-    )
-    parser.add_argument("--predict", nargs="+", metavar="IMAGE", help="segment image files; scores nothing")
-    parser.add_argument("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
-    parser.add_argument(
-        "--threshold", type=float, default=0.9, help="on the confidence, for comparison (0.9)"
-    )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--workers", type=within(0), default=0, help="processes that load data (0: none)")
+    """The command line. --help tells more."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
+    add("--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)")
+    add("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
+    add("--figures", type=within(0), default=0, metavar="N", help="draw Fig. 5 for N unlabelled images")
+    add("--predict", nargs="+", metavar="IMAGE", help="segment image files; scores nothing")
+    add("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
+    add("--threshold", type=within(0, 1, float), default=0.9, help="on the confidence, Table 4 (0.9)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
+    add("--workers", type=within(0), default=0, help="processes that load data (default: 0, none)")
     return parser.parse_args(argv)
 
 
 def main(args):
+    """Do what the command line asks. Raises InputError for a run or data that cannot be used."""
     if not args.run.is_dir():
         raise InputError(f"{args.run} is not a run's folder")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     stage = args.stage or (2 if (args.run / "student_stage2.pt").exists() else 1)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     network, record = load_student(args.run / f"student_stage{stage}.pt", device)

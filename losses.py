@@ -13,7 +13,7 @@ Conventions
     Indicators and ratios that depend on the data (Eq. 3, 5) are constants without a gradient. They multiply
     by 0 rather than leave a term out, so that every parameter stays in the graph.
     Half precision is promoted to float32; float64 stays float64. Every loss of a batch of at least one image
-    carries a graph, also where nothing is counted, and is not NaN for logits of any usual size.
+    carries a graph (K = 0 of Eq. (3) apart), also where nothing is counted, and is not NaN for usual logits.
 """
 
 import torch

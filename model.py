@@ -61,7 +61,7 @@ def load_backbone_weights(resnet, name, weights):
     differ = sorted({key for key, _ in shapes(own) ^ shapes(state)})
     if differ:
         some = ", ".join(differ[:3])
-        raise WeightsError(f"weights {weights} are not those of {name}: {len(differ)} entries differ, such as {some}")
+        raise WeightsError(f"weights {weights} do not fit {name}: {len(differ)} entries differ, as {some}")
     resnet.load_state_dict({**resnet.state_dict(), **state})
 
 

@@ -31,6 +31,7 @@ from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled
 from model import BACKBONES, Decoder, DeepLabV3Plus, WeightsError
 
 STAGE, LABELED = 1, 0  # parts of the seeds, see data.Views
+SEED = within(0, 2**32 - 1)
 
 # Defaults that depend on the data set; `iters` are stage 2's. The paper states no number of iterations.
 VOC = dict(
@@ -81,8 +82,8 @@ class LabeledNetworks(nn.Module):
             return logits, [], []
         size = image.shape[2:]
         aux_logits = [decoder(low.detach(), high.detach(), size)[0] for decoder in self.aux_decoders]
-        judged = torch.cat([eln_input(image, P) for P in (logits, *aux_logits)])  # ((K+1) B, 3+C+1, H, W)
-        valid_logits = self.eln(judged).chunk(1 + len(aux_logits))
+        judged = [eln_input(image, P) for P in (logits, *aux_logits)]  # K+1 of (B, 3+C+1, H, W), detached
+        valid_logits = self.eln(torch.cat(judged)).chunk(len(judged))
         return logits, aux_logits, valid_logits
 
 
@@ -90,9 +91,9 @@ def add_options(parser):
     """The options of both stages, in two groups, which are returned."""
     paper = parser.add_argument_group("paper", "other values than voc's and cityscapes' leave the paper")
     run = parser.add_argument_group("run", "these leave the result as it is, up to rounding")
-    add, rate = paper.add_argument, within(0, kind=float)
+    add, rate = paper.add_argument, within(0, 1e9, float)
     add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
-    add("--split", type=within(0), default=0, help="which seeded subset; the paper averages three (Table 1)")
+    add("--split", type=SEED, default=0, help="which seeded subset; the paper averages three (Table 1)")
     add("--labeled-list", metavar="FILE", help="ids of the labelled images, instead of --ratio and --split")
     add("--unlabeled-list", metavar="FILE", help="ids of the unlabelled images, instead of all others")
     add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
@@ -100,13 +101,13 @@ def add_options(parser):
     add("--eln-backbone", choices=BACKBONES, help="of ELN (Sec. 4.1)")
     add("--eln-weights", help="ELN's first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
     add("--width", type=within(1), help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
-    add("--size", type=within(1), nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
+    add("--size", type=within(32), nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
     add("--batch-size", type=within(1), help="images a step over all processes, of each kind (Sec. 4.2)")
     add("--lr", type=rate, help="learning rate of AdamW (Sec. 4.2)")
     add("--backbone-lr", type=rate, help="of the encoders, if another than --lr (the released code: 1e-5)")
     add("--weight-decay", type=rate, default=1e-5, help="of AdamW (Sec. 4.2)")
     add("--alphas", type=rate, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
-    add("--seed", type=within(0), default=0, help="of weights, order, augmentation and dropout")
+    add("--seed", type=SEED, default=0, help="of weights, order, augmentation and dropout")
     add("--amp", choices=("auto", *AMP_TYPES), default="auto",
         help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")  # fmt: skip
     add = run.add_argument
@@ -124,7 +125,8 @@ def make_parser(doc):
     """An empty parser that shows the file's docstring and true defaults."""
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     parser = argparse.ArgumentParser(description=doc, formatter_class=Formatter, allow_abbrev=False)
     parser.add_argument("--dataset", choices=DATASETS, default="shapes", help="sets the other defaults")
@@ -132,6 +134,7 @@ def make_parser(doc):
 
 
 def parse_args(argv=None):
+    """The command line of stage 1. --dataset is parsed first: the other defaults follow from it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=DATASETS, default="shapes")
     defaults = DEFAULTS[first.parse_known_args(argv)[0].dataset]
@@ -166,10 +169,12 @@ def start_process(device):
     rank, world, local = (
         int(os.environ.get(key, value)) for key, value in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = "cpu" if device == "auto" and not torch.cuda.is_available() else device
-    device = torch.device("cpu") if device == "cpu" else torch.device("cuda", local)
+    gpus = torch.cuda.device_count()
+    if device == "auto":
+        device = "cuda" if gpus else "cpu"
+    if device == "cuda" and gpus <= local:
+        raise InputError(f"--device cuda: {gpus} GPUs for {local + 1} processes; use --device cpu")
+    device = torch.device(device, local) if device == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
@@ -184,11 +189,9 @@ def resolve_amp(amp, device):
     return "off" if device.type == "cpu" else "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
 
 
-def parallel(module, device, world):
+def parallel(module, world):
     """The module, and under several processes one that averages their gradients."""
-    if world == 1:
-        return module
-    return nn.parallel.DistributedDataParallel(module, [device.index] if device.type == "cuda" else None)
+    return nn.parallel.DistributedDataParallel(module) if world > 1 else module
 
 
 def total(tensor, world):
@@ -226,12 +229,13 @@ def save(state, path):
     os.replace(aside, path)
 
 
-def plain(args):
-    """The arguments as a dict of plain values that torch.load(weights_only=True) accepts."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(args).items()}
+def untrained(args):
+    """The arguments for networks whose weights a checkpoint will replace."""
+    return argparse.Namespace(**{**vars(args), "weights": "none", "eln_weights": "none"})
 
 
 def option(key):
+    """The command line's name of an argument."""
     return "--" + key.replace("_", "-")
 
 
@@ -245,9 +249,11 @@ def open_run(args, path, device):
     args.amp = resolve_amp(args.amp, device)
     dataset = load_dataset(args.dataset, args.data)
     labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
-    run = {"args": plain(args), "labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
-    checkpoint = read_checkpoint(path) if path.exists() else None
-    if checkpoint:
+    run = {"args": vars(args), "labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
+    checkpoint = None
+    if path.exists():
+        needed = (*run, "step", "seconds", "best", "networks", "optimizer", "scaler")
+        checkpoint = read_checkpoint(path, needed)
         for key, value in checkpoint["args"].items():
             if key not in FREE and run["args"].get(key) != value:
                 raise InputError(
@@ -257,7 +263,6 @@ def open_run(args, path, device):
         for key in ("labeled", "unlabeled", "classes"):
             if checkpoint[key] != run[key]:
                 raise InputError(f"{path} was made with other {key} than {args.data} has; use another --out")
-    check_files(dataset, labeled, unlabeled, args.size)
     return dataset, run, checkpoint
 
 
@@ -279,15 +284,19 @@ class Log:
         self.path, self.fields, self.steps, self.rank = path, fields, steps, rank
         self.last = step, time.monotonic()
         if rank == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"--out {path.parent} cannot be made ({error.strerror})") from None
             rows = []
             if path.exists():
                 with open(path, newline="") as file:
                     rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            with open(path, "w", newline="") as file:
+            with open(f"{path}.part", "w", newline="") as file:
                 writer = csv.DictWriter(file, fields)
                 writer.writeheader()
                 writer.writerows(rows)
+            os.replace(f"{path}.part", path)
 
     def steps_per_second(self, step):
         """Since the last row, or the beginning."""
@@ -344,24 +353,25 @@ def student_record(network, dataset, args):
     }  # fmt: skip
 
 
-def write_result(out, stage, result):
+def save_checkpoint(path, state, nets, optimizer, scaler):
+    """The dict `state`, and all that training goes on from."""
+    parts = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
+    save({**state, **{name: part.state_dict() for name, part in parts.items()}}, path)
+
+
+def write_result(out, stage, args, steps, seconds, device, **scores):
     """Set result.json's entry `stage`, leaving the others."""
-    path = out / "result.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[stage] = result
-    aside = Path(f"{path}.part")
-    aside.write_text(json.dumps(known, indent=2) + "\n")
-    os.replace(aside, path)
-
-
-def describe(args, steps, seconds, device, **scores):
-    """A stage's entry in result.json."""
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
-    return {
+    path = out / "result.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results[stage] = {
         **scores, "steps": steps, "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
         "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
-        "arguments": plain(args),
+        "arguments": vars(args),
     }  # fmt: skip
+    aside = Path(f"{path}.part")
+    aside.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(aside, path)
 
 
 def run_script(name, parse, train):
@@ -382,15 +392,18 @@ def run_script(name, parse, train):
 
 
 def train(args, rank, world, device):
+    """Stage 1, Sec. 3.1: each step is batch, forward, losses, backward, optimizer, log, save."""
     out, steps = Path(args.out), args.pretrain_iters + args.eln_iters
     path = out / "stage1.pt"
     dataset, run, checkpoint = open_run(args, path, device)
     start = checkpoint["step"] if checkpoint else 0
     if start == steps:
         return print(f"{path} is finished ({steps} steps)") if rank == 0 else None
+    check_files(dataset, run["labeled"], run["unlabeled"], args.size)
 
     torch.manual_seed(args.seed)
-    nets = LabeledNetworks(len(dataset.classes), args, auxiliary=not args.supervised_only).to(device)
+    begin = untrained(args) if checkpoint else args
+    nets = LabeledNetworks(len(dataset.classes), begin, auxiliary=not args.supervised_only).to(device)
     nets.main.decoder.proj.requires_grad_(False)  # nothing in stage 1 gives it a gradient
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
@@ -402,7 +415,8 @@ def train(args, rank, world, device):
     seconds, best = 0.0, 0.0
     if checkpoint:
         start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
-    model = parallel(nets if joint else nets.main, device, world)
+        del checkpoint
+    model = parallel(nets if joint else nets.main, world)
 
     batches = iter(make_loader(
         dataset, run["labeled"], args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
@@ -423,7 +437,7 @@ def train(args, rank, world, device):
             for group in parameter_groups([nets.aux_decoders, nets.eln], args):
                 optimizer.add_param_group(group)
             model = None  # the pre-training's wrapper lets go of the gradients before another takes them
-            model = parallel(nets, device, world)
+            model = parallel(nets, world)
         image, label = next(batches)
         torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
         image = normalize(image.to(device, non_blocking=True))
@@ -466,11 +480,9 @@ def train(args, rank, world, device):
             seconds = time.monotonic() - began
             if last:
                 save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
-                write_result(out, "stage1", describe(args, steps, seconds, device, mIoU=miou, best_mIoU=best))
-            save({
-                **run, "step": done, "seconds": seconds, "best": best, "networks": nets.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            }, path)  # fmt: skip
+                write_result(out, "stage1", args, done, seconds, device, mIoU=miou, best_mIoU=best)
+            state = {**run, "step": done, "seconds": seconds, "best": best}
+            save_checkpoint(path, state, nets, optimizer, scaler)
     log.show(f"stage 1: mIoU {miou:.2f}  ({out / 'student_stage1.pt'})")
 
 

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
 It begins with the networks of --stage1 (default: the run's folder), and takes from there every option that is
-not given. The teacher labels, ELN rejects, the student learns from perturbed views and from labelled images.
+not given (but --amp). The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from data import DATASETS, InputError, make_loader, normalize, share_of_batch, within
+from data import DATASETS, InputError, check_files, make_loader, normalize, share_of_batch, within
 from eln import eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
@@ -26,9 +26,9 @@ from losses import (
     unlabeled_loss,
 )  # fmt: skip
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, describe, judgement,
-    judgement_fields, make_parser, open_run, option, parallel, parameter_groups, plain, restore,
-    run_script, save, step_seed, student_record, total, write_result,
+    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, judgement, judgement_fields,
+    make_parser, open_run, option, parallel, parameter_groups, restore, run_script, save, save_checkpoint,
+    step_seed, student_record, total, untrained, write_result,
 )  # fmt: skip
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -67,6 +67,7 @@ class SemiSupervisedNetworks(nn.Module):
             else:
                 valid = eln.eval()(eln_input(image_u, logits_t)) > 0  # round(sigmoid) = 1
                 eln.train(self.training)
+        torch.clear_autocast_cache()  # older PyTorch would reuse weights cast without gradient
         logits, aux_logits, valid_logits = self.labeled(image)
         logits_u, feature_s = self.labeled.main(image_u_strong, embed=True)
         return dict(
@@ -127,6 +128,7 @@ def contrast_batch(p, args, step, rank, world):
 
 
 def parse_args(argv=None):
+    """The command line of stage 2. Stage 1's checkpoint is read first: the defaults follow from it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=DATASETS)
     for name in ("--ratio", "--labeled-list", "--out", "--stage1"):
@@ -156,7 +158,7 @@ def parse_args(argv=None):
     if not known:
         parser.error(f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint (--stage1)")
     for key in FROM_STAGE1:
-        if plain(args)[key] != known[key]:
+        if getattr(args, key) != known[key]:
             parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known[key]}")
     args.stage1 = str(stage1)
     args.out = args.out or str(stage1.parent)
@@ -164,6 +166,7 @@ def parse_args(argv=None):
 
 
 def train(args, rank, world, device):
+    """Stage 2, Sec. 3.2: each step is batches, forward, losses, backward, optimizer, EMA, log, save."""
     out, path = Path(args.out), Path(args.out) / "stage2.pt"
     dataset, run, checkpoint = open_run(args, path, device)
     start = checkpoint["step"] if checkpoint else 0
@@ -171,6 +174,7 @@ def train(args, rank, world, device):
         return print(f"{path} is finished ({args.iters} steps)") if rank == 0 else None
     if not run["unlabeled"]:
         raise InputError("there is no unlabelled image: every training image is labelled")
+    check_files(dataset, run["labeled"], run["unlabeled"], args.size)
     stage1 = read_checkpoint(args.stage1)
     if "eln_iters" not in stage1["args"]:
         raise InputError(f"{args.stage1} is not a checkpoint of stage 1")
@@ -180,11 +184,11 @@ def train(args, rank, world, device):
         raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
 
     torch.manual_seed(args.seed)
-    untrained = argparse.Namespace(**{**vars(args), "weights": "none", "eln_weights": "none"})
-    labeled_nets = LabeledNetworks(len(dataset.classes), untrained, auxiliary=args.filter == "eln")
+    labeled_nets = LabeledNetworks(len(dataset.classes), untrained(args), auxiliary=args.filter == "eln")
     wanted = labeled_nets.state_dict().keys()  # with --filter none the main network alone
-    known = {key: value for key, value in stage1["networks"].items() if key in wanted}
-    fill(labeled_nets, known, args.stage1)
+    state = {key: value for key, value in stage1["networks"].items() if key in wanted}
+    fill(labeled_nets, state, args.stage1)
+    del stage1, state
     nets = SemiSupervisedNetworks(labeled_nets).to(device)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
@@ -196,7 +200,8 @@ def train(args, rank, world, device):
     seconds, best = 0.0, 0.0
     if checkpoint:
         start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
-    model = parallel(nets, device, world)
+        del checkpoint
+    model = parallel(nets, world)
 
     def loader(ids, labeled, kind):
         stream = (args.seed, STAGE, kind)
@@ -269,14 +274,10 @@ def train(args, rank, world, device):
             seconds = time.monotonic() - began
             if last:
                 save(student_record(student, dataset, args), out / "student_stage2.pt")
-                write_result(out, "stage2", describe(
-                    args, args.iters, seconds, device,
-                    mIoU=miou, best_mIoU=best, mIoU_teacher=row["mIoU_teacher"],
-                ))  # fmt: skip
-            save({
-                **run, "step": done, "seconds": seconds, "best": best, "networks": nets.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            }, path)  # fmt: skip
+                scores = {"mIoU": miou, "best_mIoU": best, "mIoU_teacher": row["mIoU_teacher"]}
+                write_result(out, "stage2", args, done, seconds, device, **scores)
+            state = {**run, "step": done, "seconds": seconds, "best": best}
+            save_checkpoint(path, state, nets, optimizer, scaler)
     log.show(f"stage 2: mIoU {miou:.2f}  ({out / 'student_stage2.pt'})")
 
 
