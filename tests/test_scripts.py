@@ -1,0 +1,678 @@
+"""Tests of train_stage1.py, train_stage2.py and evaluate.py, run as a user runs them, for a few steps.
+
+    python -m pytest tests/test_scripts.py        (from the root; two minutes on two cores)
+
+A new process imports PyTorch for seconds: so whole runs are made once and shared, and most commands are run
+as __main__ inside this process, by `here`. `folder` data lies in ./datasets, the default of --data.
+"""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+import math
+import os
+import re
+import runpy
+import shutil
+import socket
+import sys
+import threading
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import losses
+import train_stage1
+import train_stage2
+from data import share_of_batch
+
+ROOT = Path(train_stage1.__file__).resolve().parent
+TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
+NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
+FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY]
+LISTED = "--labeled-list datasets/labeled.txt".split()
+STAGE1 = ["train_stage1.py", *FOLDER, *"--out run --pretrain-iters 4 --eln-iters 3".split()]
+STAGE2 = "train_stage2.py --dataset folder --out run --iters 3 --device cpu".split()
+NEW2 = [*STAGE2, "--out", "new", "--stage1"]  # stage 2 in a new folder
+CHECKPOINTS = {"stage1.pt", "stage2.pt", "student_stage1.pt", "student_stage2.pt"}
+RUN_FILES = CHECKPOINTS | {"log_stage1.csv", "log_stage2.csv", "result.json"}
+
+
+def here(cwd, script, *options):
+    """Run a script as __main__ in this process -> exit code, stdout, stderr. Other exceptions pass."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    argv = mock.patch.object(sys, "argv", [script, *map(str, options)])
+    os.chdir(cwd)
+    try:
+        with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as stop:
+        return stop.code or 0, out.getvalue(), err.getvalue()
+    finally:
+        os.chdir(before)
+
+
+def finishes(cwd, *command):
+    """The command ends well and complains of nothing; returns what it prints."""
+    code, out, err = here(cwd, *command)
+    assert (code, err) == (0, "")
+    return out
+
+
+def one_line(code, err, says):
+    """Bad input ends in code 2 and one line (behind argparse's usage) with each of these words."""
+    *usage, line = err.strip().split("\n")
+    assert code == 2 and "Traceback" not in err and "InputError" not in err
+    assert not usage or usage[0].startswith("usage: "), err
+    for word in says.split():
+        assert word in line
+
+
+def disk(folder):
+    """What would differ if anything below the folder were written, replaced, made or removed."""
+    found = {path: path.stat() for path in folder.rglob("*")}
+    return {p: p.is_dir() or (s.st_size, s.st_mtime_ns, s.st_ino) for p, s in found.items()}
+
+
+def refused(cwd, *command, says):
+    before = disk(cwd)
+    code, _, err = here(cwd, *command)
+    one_line(code, err, says)
+    assert disk(cwd) == before
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def rows(path):
+    """A log's rows, without its speeds."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if not k.endswith("/s")} for row in csv.DictReader(file)]
+
+
+def leaves(value, name=""):
+    """Every (path of keys, leaf) of nested dicts and lists; AdamW's betas are a tuple."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def link(source, target, *names):
+    """Copy a run's folder at no cost: checkpoints are only ever replaced, so they may be shared."""
+    target.mkdir()
+    for name in names or [path.name for path in source.iterdir() if path.is_file()]:
+        (os.link if name.endswith(".pt") else shutil.copy2)(source / name, target / name)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory):
+    """A folder for whole runs, which take hundreds of megabytes: deleted at the end."""
+    path = tmp_path_factory.mktemp("runs")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def shapes_run(space, run_apart):
+    """The folder of both stages on `shapes`, by a user's commands."""
+    for command in (
+        ["train_stage1.py", *TINY, *"--pretrain-iters 4 --eln-iters 3 --alphas 0.5 2".split()],
+        "train_stage2.py --iters 3 --device cpu".split(),
+    ):
+        done = run_apart(space, *command)
+        assert (done.returncode, done.stderr) == (0, "")
+    return space / "runs" / "shapes-1_20-0"
+
+
+@pytest.fixture(scope="module")
+def folder_run(space, write_folder):
+    """A folder with datasets and run: both stages, where no unlabelled image has a mask that can be read."""
+    masks = write_folder(space / "folder" / "datasets") / "masks"
+    (masks / "t4.png").unlink()
+    (masks / "t5.png").write_bytes(b"not an image")
+    for command in ([*STAGE1, *LISTED], STAGE2):
+        finishes(space / "folder", *command, "--workers", 2)
+    assert load(space / "folder/run/stage2.pt")["unlabeled"] == ["t4", "t5", "t6", "t7"]
+    return space / "folder"
+
+
+@pytest.fixture
+def work(tmp_path, write_folder):
+    """A folder with datasets alone."""
+    write_folder(tmp_path / "datasets")
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def test_a_run_leaves_the_documented_files(shapes_run):
+    assert {path.name for path in shapes_run.iterdir() if path.is_file()} == RUN_FILES
+    result = json.loads((shapes_run / "result.json").read_text())
+    assert [result[stage]["steps"] for stage in ("stage1", "stage2")] == [7, 3]
+    for name in CHECKPOINTS:
+        for key, value in leaves(load(shapes_run / name)):
+            assert isinstance(value, (torch.Tensor, str, int, float, type(None))), key
+
+
+def test_logs_have_their_columns_and_finite_numbers(shapes_run):
+    one, two = (rows(shapes_run / f"log_stage{stage}.csv") for stage in (1, 2))
+    labeled = ["step", "L_sup", "L_aux", "L_eln"]
+    judged = "L_aux_1/L_sup L_aux_2/L_sup wrong_0 wrong_1 wrong_2 eln_precision eln_recall".split()
+    judged = [name for name in judged if not name.endswith("/s")]
+    assert list(one[0]) == [*labeled, *judged, "mIoU"]
+    assert list(two[0]) == [*labeled, "L_pseudo", "L_contra", "accepted", *judged, "mIoU", "mIoU_teacher"]
+    assert [row["step"] for row in one + two] == [*"1234567", *"123"]
+    for row in one + two:
+        blank = {name for name, value in row.items() if value == ""}
+        assert all(math.isfinite(float(value)) for value in row.values() if value)
+        early = {"L_aux", "L_eln", *judged} if row in one[:4] else set()  # pre-training
+        scored = row in (one[-1], two[-1])
+        assert blank == early | (set() if scored else row.keys() & {"mIoU", "mIoU_teacher"})
+
+
+def test_teacher_is_in_the_checkpoint_and_lags_behind_the_student(shapes_run):
+    first, now = (load(shapes_run / f"stage{stage}.pt")["networks"] for stage in (1, 2))
+    moved = 0
+    for name, student in load(shapes_run / "student_stage2.pt")["network"].items():
+        teacher, begin = now[f"teacher.{name}"], first[f"main.{name}"]
+        assert torch.equal(student, now[f"labeled.main.{name}"])
+        if teacher.is_floating_point() and not torch.equal(student, begin):
+            assert 0 < (teacher - begin).norm() < 0.1 * (student - begin).norm(), name  # beta = 0.995
+            moved += 1
+    assert moved > 100
+
+
+def test_evaluate_scores_and_draws(shapes_run, run_apart):
+    done = run_apart(ROOT, "evaluate.py", shapes_run, "--figures", 2, "--device", "cpu")
+    assert (done.returncode, done.stderr) == (0, "")
+    for word in ("striped_square", "resized", "original", "mean", "stage1: ", "stage2: "):
+        assert word in done.stdout
+    figures = [Image.open(path) for path in (shapes_run / "figures").glob("*.png")]
+    assert len(figures) == 2 and all(figure.width > 6 * 96 for figure in figures)  # six panels
+
+
+def test_evaluate_predicts_any_image_without_the_data_set(shapes_run, work):
+    link(shapes_run, work / "student", "student_stage2.pt")
+    finishes(work, "evaluate.py", "student", "--predict", "datasets/images/t3.jpg")
+    size = Image.open(work / "datasets/images/t3.jpg").size
+    for kind, mode in (("class", "L"), ("colour", "RGB"), ("overlay", "RGB")):
+        image = Image.open(work / f"student/predictions/t3_{kind}.png")
+        assert (image.size, image.mode) == (size, mode)
+
+
+def test_evaluate_localizes_errors_with_the_masks_of_another_place(folder_run, work):
+    out = finishes(work, "evaluate.py", folder_run / "run", "--data", "datasets", "--error-localization")
+    assert "2 unlabelled images" in out  # t4 and t5 have masks here
+    for method in ("ELN", "confidence"):
+        for kind in ("correct", "error"):
+            assert f"{method:12}{kind:10}image" in out and f"{method:12}{kind:10}pooled" in out
+
+
+def test_supervised_only_learns_in_a_folder_of_its_own(work):
+    finishes(work, "train_stage1.py", *FOLDER, *"--supervised-only --iters 40 --lr 0.003 --ratio 1/2".split())
+    run = work / "runs" / "folder-1_2-0-supervised"
+    L_sup = [float(row["L_sup"]) for row in rows(run / "log_stage1.csv")]
+    assert sum(L_sup[-8:]) < 0.8 * sum(L_sup[:8])
+    assert all(name.startswith("main.") for name in load(run / "stage1.pt")["networks"])
+
+
+def interrupted(cwd, step, command):
+    """Run a command until its run's step of this number, in which the user interrupts it."""
+    path, calls = cwd / "run" / command[0].removeprefix("train_").replace(".py", ".pt"), []
+    first, supervised_loss = load(path)["step"] + 1 if path.exists() else 1, losses.supervised_loss
+
+    def stop(*args):
+        calls.append(args)
+        if first + len(calls) > step:
+            raise KeyboardInterrupt
+        return supervised_loss(*args)
+
+    with mock.patch.object(losses, "supervised_loss", stop), pytest.raises(KeyboardInterrupt):
+        here(cwd, *command)
+
+
+def same_run(run, other, stage):
+    for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
+        one, two = (dict(leaves(load(folder / name))) for folder in (run, other))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, two[key]), key
+            elif key != "/seconds" and key.removeprefix("/args/") not in train_stage1.FREE:
+                assert value == two[key], key
+    assert rows(run / f"log_stage{stage}.csv") == rows(other / f"log_stage{stage}.csv")
+
+
+def test_interrupted_runs_end_bitwise_as_uninterrupted_ones(folder_run, work):
+    """Stage 1 resumes from step 2 (in pre-training), 4 (where ELN joins) and 6; stage 2 from step 1."""
+    for name in ("t4.png", "t5.png"):
+        (work / "datasets/masks" / name).unlink()
+    for step in (4, 6, 7):
+        interrupted(work, step, [*STAGE1, *LISTED, "--save-every", 2])
+        assert load(work / "run/stage1.pt")["step"] == (step - 1) // 2 * 2
+        assert len(rows(work / "run/log_stage1.csv")) == step - 1  # the next start drops what is beyond
+    finishes(work, *STAGE1, *LISTED, "--workers", 2, "--save-every", 5)  # run options may change
+    same_run(work / "run", folder_run / "run", 1)
+    interrupted(work, 2, [*STAGE2, "--save-every", 1])
+    finishes(work, *STAGE2)
+    same_run(work / "run", folder_run / "run", 2)
+    assert {path.name for path in (work / "run").iterdir()} == RUN_FILES
+
+
+def test_finished_run_says_so_and_changes_nothing(folder_run):
+    before = disk(folder_run)
+    for command in ([*STAGE1, *LISTED], STAGE2):
+        assert "is finished" in finishes(folder_run, *command, "--workers", 0, "--save-every", 9)
+    assert disk(folder_run) == before
+
+
+@pytest.mark.parametrize("option, old, new", [("--lr", 1e-4, 0.5), ("--seed", 0, 3), ("--batch-size", 2, 3)])
+@pytest.mark.parametrize("command", [[*STAGE1, *LISTED], STAGE2], ids=["stage1", "stage2"])
+def test_other_arguments_do_not_resume(folder_run, command, option, old, new):
+    refused(folder_run, *command, option, new, says=f"{option} {old} {new}")
+
+
+def test_torchrun_trains_both_stages(work, run_apart):
+    for command, stage, steps in (
+        ([*STAGE1, *"--ratio 1/2 --batch-size 3 --pretrain-iters 1 --eln-iters 1".split()], "stage1", 2),
+        ([*STAGE2, "--iters", 1], "stage2", 1),
+    ):
+        done = run_apart(work, *command, processes=2)
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        assert done.stdout.count(f"student_{stage}.pt") == 1  # one process speaks and writes
+        assert len(rows(work / "run" / f"log_{stage}.csv")) == load(work / f"run/{stage}.pt")["step"] == steps
+    assert {path.name for path in (work / "run").iterdir()} == RUN_FILES
+
+
+def test_more_processes_than_images_are_refused(work, monkeypatch, capsys):
+    monkeypatch.setattr(train_stage1, "start_process", lambda device: (0, 3, torch.device("cpu")))
+    monkeypatch.setattr(sys, "argv", ["train_stage1.py", "--out", str(work / "run"), "--batch-size", "2"])
+    with pytest.raises(SystemExit) as stop:
+        train_stage1.run_script("train_stage1.py", train_stage1.parse_args, train_stage1.train)
+    one_line(stop.value.code, capsys.readouterr().err, "--batch-size 2 3 processes")
+    assert not (work / "run").exists()
+
+
+# Runs scripts in float64 on several forked processes (torchrun would import PyTorch in each), with BatchNorm
+# on fixed statistics and no dropout, which differ between one process and several. A shallow ResNet saves
+# time; logits less each image's mean give every image several classes, and pixels that ELN accepts.
+FORK = """
+import os, runpy, sys, torch, torchvision
+sys.path.insert(0, sys.argv[1])
+import model, train_stage2
+torch.set_default_dtype(torch.float64)
+torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
+    x, self.running_mean, self.running_var, self.weight, self.bias)
+torch.nn.Dropout.forward = lambda self, x: x
+torchvision.models.get_model = lambda name, weights: torchvision.models.ResNet(
+    torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+decode = model.Decoder.forward
+def centred(self, *args):
+    logits, feature = decode(self, *args)
+    return logits - logits.mean((2, 3), keepdim=True).detach(), feature
+model.Decoder.forward = centred
+for line in sys.argv[2:]:
+    world, port, script, *options = line.split()
+    children = []
+    for rank in range(int(world)):
+        if (child := os.fork()) == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank),
+                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            sys.argv = [script, *options]
+            runpy.run_path(os.path.join(sys.path[0], script), run_name="__main__")
+            os._exit(0)
+        children.append(child)
+    assert all([os.waitpid(child, 0)[1] == 0 for child in children])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_gradients_of_one_process_are_those_of_several(work, run_apart):
+    """3 images on 2 processes (2 + 1): AdamW's first moment in the checkpoint shows the gradient."""
+    with socket.socket() as a, socket.socket() as b:
+        for free in (a, b):
+            free.bind(("127.0.0.1", 0))
+        ports = a.getsockname()[1], b.getsockname()[1]
+    stage1 = " ".join(["train_stage1.py", *FOLDER, "--ratio 3/4 --pretrain-iters 1 --eln-iters 1"])
+    stage1 += " --batch-size 3 --alphas 1 1.1"  # near the main decoder's loss: Eq. (3) takes some images
+    stage2 = "train_stage2.py --dataset folder --stage1 one/stage1.pt --iters 1 --contrast-pixels 300"
+    (work / "fork.py").write_text(FORK)
+    done = run_apart(
+        work, work / "fork.py", ROOT, f"1 0 {stage1} --out one", f"2 {ports[0]} {stage1} --out two",
+        f"1 0 {stage2} --out one", f"2 {ports[1]} {stage2} --out two",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for stage, shown in ((1, ("L_sup", "L_aux", "L_eln")), (2, ("L_pseudo", "L_contra"))):
+        log, log2 = (rows(work / out / f"log_stage{stage}.csv")[-1] for out in ("one", "two"))
+        assert all(float(log[name]) > 0 for name in shown)  # else the gradients below show nothing
+        assert log == log2
+        paths = (work / out / f"stage{stage}.pt" for out in ("one", "two"))
+        state, state2 = (load(path)["optimizer"]["state"] for path in paths)
+        assert state.keys() == state2.keys()
+        for key in state:
+            gradient, gradient2 = state[key]["exp_avg"], state2[key]["exp_avg"]
+            assert gradient.dtype == torch.float64
+            assert (gradient - gradient2).abs().max() <= 1e-9 * max(1e-3, gradient.abs().max()), key
+
+
+def on_processes(world, work):
+    """[work(rank) of every rank], on threads that all_gather among themselves."""
+    barrier, slots, me = threading.Barrier(world), {}, threading.local()
+
+    def all_gather(parts, tensor):
+        slots[me.rank] = tensor
+        barrier.wait(60)
+        for rank, part in enumerate(parts):
+            part.copy_(slots[rank])
+        barrier.wait(60)
+
+    def process(rank):
+        me.rank = rank
+        return work(rank)
+
+    with mock.patch.object(train_stage2.dist, "all_gather", all_gather), ThreadPoolExecutor(world) as pool:
+        return list(pool.map(process, range(world)))
+
+
+@pytest.mark.parametrize("share_valid", [0.0, 0.02, 0.6])
+@pytest.mark.parametrize("pixels", [0, 1, 40, 10**6])
+def test_contrast_labels_draws_valid_pixels_however_the_batch_is_split(pixels, share_valid):
+    generator = torch.Generator().manual_seed(0)
+    pseudo_label = torch.randint(0, 21, (5, 48, 48), generator=generator)
+    valid = torch.rand(5, 48, 48, generator=generator) < share_valid
+    valid[1] = False  # an image that ELN rejects as a whole
+    small = pseudo_label.masked_fill(~valid, 255)[:, 2::4, 2::4].flatten()  # nearest pixels at stride 4
+    draws = []
+    for world, seed in ((1, 7), (1, 7), (2, 7), (3, 7), (5, 7), (1, 8)):
+
+        def draw(rank):
+            part, rng = share_of_batch(5, rank, world), np.random.default_rng(seed)
+            place, label = train_stage2.contrast_labels(
+                pseudo_label[part], valid[part], (12, 12), pixels, rng, rank, world, 5
+            )
+            assert pixels == 0 or len(place) <= pixels
+            return {part.start * 144 + p: y for p, y in zip(place.tolist(), label.tolist()) if y != 255}
+
+        draws.append({place: y for part in on_processes(world, draw) for place, y in part.items()})
+        assert all(small[place] == y for place, y in draws[-1].items())
+    number = int((small != 255).sum())
+    assert len(draws[0]) == (min(pixels, number) if pixels else number)
+    assert all(draw == draws[0] for draw in draws[:-1])
+    assert (draws[-1] == draws[0]) == (pixels == 0 or pixels >= number)  # other random numbers
+
+
+@pytest.fixture(scope="module")
+def networks():
+    """SemiSupervisedNetworks, the teacher apart from the student, and three batches of two images."""
+    torch.manual_seed(0)
+    args = Namespace(backbone="resnet18", weights="none", width=8, alphas=[0, 0])
+    args.eln_backbone, args.eln_weights = args.backbone, args.weights
+    nets = train_stage2.SemiSupervisedNetworks(train_stage1.LabeledNetworks(3, args))
+    for parameter in nets.teacher.parameters():
+        parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
+    return nets.train(), torch.randn(3, 2, 3, 48, 48)
+
+
+def test_labelling_leaves_no_trace_in_the_statistics(networks):
+    (nets, other), (image, image_u, strong) = [copy.deepcopy(networks[0]) for _ in range(2)], networks[1]
+    teacher, eln = copy.deepcopy(nets.teacher).eval(), copy.deepcopy(nets.labeled.eln).eval()
+    student = copy.deepcopy(nets.labeled.main)
+    with torch.no_grad():
+        logits, feature = teacher(image_u, embed=True)
+        valid = eln(train_stage2.eln_input(image_u, logits)).sigmoid().round() == 1
+    torch.manual_seed(0)
+    p = nets(image, image_u, strong)
+    assert torch.equal(p["pseudo_label"], logits.argmax(1)) and torch.equal(p["valid"], valid)
+    assert torch.equal(p["feature_t"], feature) and nets.labeled.eln.training
+    for value, before in zip(nets.teacher.state_dict().values(), teacher.state_dict().values()):
+        assert torch.equal(value, before)
+    torch.manual_seed(0)
+    other(image, 5 * image_u - 3, strong)  # another unlabelled image leaves the same statistics behind
+    for (name, value), theirs in zip(nets.state_dict().items(), other.state_dict().values()):
+        assert torch.equal(value, theirs), name
+    for view in (image, strong):  # the student's follow its two passes; none has dropout before the encoder's
+        student.encoder(view)
+    for value, expected in zip(nets.labeled.main.encoder.buffers(), student.encoder.buffers()):
+        torch.testing.assert_close(value, expected)
+
+
+def test_gradients_reach_only_what_a_loss_trains(networks):
+    def reached(*names):
+        nets, images = copy.deepcopy(networks[0]), networks[1]
+        p, label = nets(*images), torch.arange(2 * 48 * 48).reshape(2, 48, 48) % 3
+        f, f_t = (p[name].permute(0, 2, 3, 1).flatten(0, 2) for name in ("feature_s", "feature_t"))
+        y = torch.arange(len(f)) % 3
+        values = {
+            "L_sup": losses.supervised_loss(p["logits"], label),
+            "L_aux": losses.auxiliary_loss(p["aux_logits"], p["logits"], label, [0, 0]),
+            "L_eln": losses.eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label),
+            "L_pseudo": losses.pseudo_label_loss(p["logits_u"], p["pseudo_label"], torch.tensor(True)),
+            "L_contra": losses.contrastive_loss(f, f_t, y, y),
+        }
+        sum(values[name] for name in names).backward()
+        touched = [n for n, p in nets.named_parameters() if p.grad is not None and p.grad.any()]
+        return {name.removeprefix("labeled.").split(".")[0] for name in touched}
+
+    assert reached("L_aux", "L_eln") == {"aux_decoders", "eln"}
+    assert reached("L_aux") == {"aux_decoders"}
+    assert reached("L_sup", "L_pseudo", "L_contra") == {"main"}
+
+
+def write(name, content=b""):
+    return lambda data: (data / name).write_bytes(content)
+
+
+def cut(name):
+    return lambda data: os.truncate(data / name, (data / name).stat().st_size // 2)
+
+
+def remove(name):
+    return lambda data: shutil.rmtree(data / name) if (data / name).is_dir() else (data / name).unlink()
+
+
+def paint(name, *shape, value=0):
+    return lambda data: Image.fromarray(np.full(shape, value, np.uint8)).save(data / name)
+
+
+# What happens to the data set, or else which options are given; and what the message must name.
+BAD_DATA = [
+    (remove(""), "datasets/images is not a folder"),
+    (remove("images"), "datasets/images is not a folder"),
+    (remove("train.txt"), "datasets/train.txt"),
+    (write("train.txt"), "train split empty"),
+    (write("val.txt"), "val split empty"),
+    (write("classes.txt", b"thing\n"), "classes.txt"),
+    (write("train.txt", b"t0\nt1\nghost\n"), "train.txt ghost"),
+    (write("images/t1.jpg", b"not an image"), "images/t1.jpg"),
+    (write("images/t7.jpg", b"not an image"), "images/t7.jpg"),  # an unlabelled one
+    (write("images/v1.jpg", b"not an image"), "images/v1.jpg"),
+    (write("masks/t1.png", b"not an image"), "masks/t1.png"),
+    (cut("images/t1.jpg"), "images/t1.jpg"),
+    (cut("masks/t1.png"), "masks/t1.png"),
+    (paint("masks/t1.png", 9, 9), "masks/t1.png images/t1.jpg (9, 9) (44, 56)"),
+    (paint("masks/v1.png", 9, 9), "masks/v1.png images/v1.jpg"),
+    (paint("masks/t1.png", 44, 56, value=3), "masks/t1.png value 3"),
+    (paint("masks/t1.png", 44, 56, 3), "masks/t1.png RGB"),
+    (remove("masks/t1.png"), "labeled.txt t1"),
+    (remove("masks/v1.png"), "v1"),
+    (write("labeled.txt"), "labeled.txt"),
+    ("--unlabeled-list datasets/train.txt", "overlap t0"),
+    ("--weights no.pth", "no.pth"),
+    ("--eln-weights no.pth", "no.pth"),
+    ("--batch-size 0", "--batch-size"),
+    ("--pretrain-iters 0 --eln-iters 0", "--pretrain-iters"),
+    ("--iters 3", "--iters --supervised-only"),
+    ("--amp int8", "--amp"),
+]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("damage, says", BAD_DATA, ids=[says for _, says in BAD_DATA])
+def test_bad_data_is_refused_before_anything_is_written(work, damage, says, workers):
+    if callable(damage):
+        damage(work / "datasets")
+    options = [] if callable(damage) else damage.split()
+    refused(work, *STAGE1, *LISTED, *options, "--workers", workers, says=says)
+
+
+@pytest.mark.parametrize("ratio", ["x", "", "0", "-1", "1/0", "2", "nan", "1/9", "7/8"])
+def test_nonsense_ratios_are_refused(work, ratio):
+    refused(work, *STAGE1, "--ratio", ratio, says=f"--ratio {ratio}")
+
+
+def test_data_may_lie_anywhere(work):
+    (work / "datasets").rename(work / "elsewhere")
+    refused(work, *STAGE1, "--data", "elsewhere", "--ratio", "x", says="--ratio x")
+
+
+def test_bad_data_leaves_an_existing_run_as_it_is(folder_run, work):
+    link(folder_run / "run", work / "run")
+    cut("images/t1.jpg")(work / "datasets")
+    refused(work, *NEW2, "run/stage1.pt", says="images/t1.jpg")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_image_that_breaks_while_loading_ends_in_one_line(folder_run, work, run_apart, workers):
+    """Of unlabelled images only the headers are read before the first step."""
+    link(folder_run / "run", work / "run", "stage1.pt")
+    cut("images/t6.jpg")(work / "datasets")
+    before, command = disk(work), [*STAGE2, "--workers", workers]
+    if workers:
+        done = run_apart(work, *command)
+        code, err = done.returncode, done.stderr
+    else:
+        code, _, err = here(work, *command)
+    one_line(code, err, "images/t6.jpg")
+    after = disk(work)
+    assert {path.name for path in after.keys() - before.keys()} == {"log_stage2.csv"}
+    assert after.items() >= before.items()
+
+
+class Code:
+    """An object that makes a folder where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def broken_file(kind, path, source=None):
+    """Write a checkpoint of no use; source is a good one."""
+    if kind == "truncated":
+        with open(source, "rb") as file:
+            path.write_bytes(file.read(source.stat().st_size // 2))
+    elif kind == "code":
+        good = load(source) if source else {}
+        torch.save({**good, "networks": {}, "network": {}, "optimizer": Code()}, path)
+    elif kind == "another":
+        torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7)}, path)
+    else:
+        path.write_bytes(kind.encode())
+
+
+@pytest.mark.parametrize("kind", ["truncated", "code", "another", "", "train_0001\ntrain_0002\n"])
+def test_broken_checkpoints_are_refused(folder_run, work, kind):
+    run = folder_run / "run"
+    link(run, work / "run", "student_stage2.pt")
+    broken_file(kind, work / "run/stage1.pt", run / "stage1.pt")
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt")
+    refused(work, *STAGE2, says="run/stage1.pt")
+    broken_file(kind, work / "run/stage2.pt", run / "stage2.pt")
+    refused(work, *STAGE2, "--stage1", run / "stage1.pt", says="run/stage2.pt")
+    refused(work, "evaluate.py", "run", says="run/stage2.pt")
+    broken_file(kind, work / "run/student_stage1.pt", run / "student_stage1.pt")
+    refused(work, "evaluate.py", "run", "--stage", 1, says="run/student_stage1.pt")
+
+
+@pytest.mark.parametrize("kind", ["code", "another", "", "train_0001\ntrain_0002\n"])
+@pytest.mark.parametrize("option", ["--weights", "--eln-weights"])
+def test_weights_of_other_kinds_are_refused(work, option, kind):
+    broken_file(kind, work / "file.pth")
+    refused(work, *STAGE1, *LISTED, option, "file.pth", says="file.pth")
+
+
+@pytest.mark.parametrize("change, options, says", [
+    ({}, "--stage1 no.pt", "no.pt does not exist"),
+    ({}, "--out elsewhere", "elsewhere/stage1.pt does not exist"),
+    ({"step": 3}, "", "run/stage1.pt unfinished"),
+    ({"labeled": ["t0", "t1", "t2"]}, "", "run/stage1.pt labelled images"),
+    ({"classes": ["background", "red", "blue", "green"]}, "", "run/stage1.pt classes"),
+    ({"networks": {}}, "", "run/stage1.pt other networks"),
+    ({}, "--backbone resnet34", "--backbone resnet34 resnet18"),
+    ({}, "--size 64 64", "--size [64, 64] [48, 48]"),
+    ({}, "--dataset shapes", "--dataset shapes folder"),
+])  # fmt: skip
+def test_stage_2_wants_a_finished_stage_1_that_fits(folder_run, work, change, options, says):
+    link(folder_run / "run", work / "run", "stage1.pt")
+    if change:
+        (work / "run/stage1.pt").unlink()  # the file itself is shared with folder_run
+        torch.save({**load(folder_run / "run/stage1.pt"), "optimizer": {}, **change}, work / "run/stage1.pt")
+    refused(work, *STAGE2, *options.split(), says=says)
+
+
+def test_stage_1_of_other_data_is_refused(folder_run, shapes_run, work):
+    refused(work, *NEW2, shapes_run / "stage1.pt", says="--dataset folder shapes")
+    link(folder_run / "run", work / "run")
+    write("classes.txt", b"background\nred\nblue\ngreen\n")(work / "datasets")
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt classes")
+    refused(work, *STAGE2, says="run/stage2.pt classes")
+    refused(work, *NEW2, "run/stage1.pt", says="run/stage1.pt classes")
+    refused(work, "evaluate.py", "run", says="run/stage2.pt classes")
+
+
+def test_stage_2_does_not_begin_with_a_stage_2(folder_run, work):
+    refused(work, *NEW2, folder_run / "run/stage2.pt", says="run/stage2.pt")
+
+
+@pytest.mark.parametrize("damage, options, says", [
+    (None, "datasets", "datasets/student_stage1.pt"),
+    (None, "nowhere", "nowhere folder"),
+    (None, "run --data nowhere", "nowhere/images"),
+    (None, "run --predict no.jpg", "no.jpg"),
+    (None, "run --predict datasets/train.txt", "datasets/train.txt"),
+    (cut("images/t1.jpg"), "run --predict datasets/images/t1.jpg", "t1.jpg"),
+    (cut("images/v1.jpg"), "run", "images/v1.jpg"),
+    (cut("images/v1.jpg"), "run --workers 2", "images/v1.jpg"),
+    (remove("masks/v1.png"), "run", "v1 has no mask"),
+    (remove("masks"), "run --figures 1", "mask"),
+])  # fmt: skip
+def test_evaluate_refuses_what_it_cannot_use(folder_run, work, damage, options, says):
+    link(folder_run / "run", work / "run")
+    if damage:
+        damage(work / "datasets")
+    refused(work, "evaluate.py", *options.split(), says=says)
+
+
+@pytest.mark.parametrize("script, defaults", [
+    ("train_stage1.py", "512 6 0.0001 1e-05 resnet50 resnet34 imagenet 18620 13300 1/20 20.0"),
+    ("train_stage2.py", "512 6 0.0001 1e-05 resnet50 resnet34 imagenet 101080 1/20 0.995 0.5 4096"),
+])  # fmt: skip
+def test_help_shows_the_papers_defaults(tmp_path, script, defaults):
+    text = " ".join(finishes(tmp_path, script, "--dataset", "voc", "--help").split())
+    shown = " ".join(part.partition(")")[0] for part in text.split("(default: ")[1:])
+    assert set(defaults.split()) <= set(re.split(r"[][, ]+", shown))
+    assert "--error-localization" in finishes(tmp_path, "evaluate.py", "--help")
+
+
+def test_the_papers_settings_are_the_defaults():
+    args = train_stage1.parse_args(["--dataset", "voc", "--batch-size", "6"])
+    assert args == train_stage1.parse_args(["--dataset", "voc"])
+    assert (args.size, args.lr, args.alphas, args.out) == ([512, 512], 1e-4, [20.0, 50.0], "runs/voc-1_20-0")
+    assert train_stage1.parse_args(["--dataset", "voc", "--supervised-only"]).iters == 18620 + 13300 + 101080
+    args = train_stage1.parse_args(["--dataset", "cityscapes"])
+    assert (args.size, args.batch_size, args.ratio) == ([512, 1024], 4, "1/8")
+
+
+def test_stage_2_takes_the_defaults_of_its_stage_1s_data_set(folder_run):
+    args = train_stage2.parse_args(["--stage1", str(folder_run / "run/stage1.pt")])
+    assert (args.dataset, args.iters, args.contrast_pixels) == ("folder", 101080, 4096)
