@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 VOID = 255
+CITYSCAPES_IDS = 34  # values of a labelIds mask, mapped to 19 classes and void
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -78,7 +79,7 @@ class Dataset:
         if mask.mode not in ("L", "P", "1", "I;16", "I"):
             raise InputError(f"mask {path} has mode {mask.mode}; it must be grey or indexed by class")
         label = np.asarray(mask)
-        known = len(self.classes) if self.train_id is None else len(self.train_id)
+        known = len(self.classes) if self.train_id is None else CITYSCAPES_IDS
         wrong = label[(label >= known) & (label != VOID)]
         if wrong.size:
             raise InputError(
@@ -180,7 +181,8 @@ def match_files(images, masks, image_end="", mask_end=""):
     """{id: (image path, mask path or None)} of all files below two folders; id = file name."""
     if not images.is_dir():
         raise InputError(f"{images} is not a folder; --data must name the one above it (README, Data)")
-    mask_of = {p.stem.removesuffix(mask_end): p for p in sorted(masks.rglob(f"*{mask_end}.png"))}
+    found = (path for path in masks.rglob(f"*{mask_end}.*") if path.suffix.lower() == ".png")
+    mask_of = {path.stem.removesuffix(mask_end): path for path in found}
     files = {}
     for path in sorted(images.rglob(f"*{image_end}.*")):
         if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
@@ -332,7 +334,7 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
         unlabeled = [key for key in dataset.train if key not in known]
     leak = set(dataset.val).intersection([*labeled, *unlabeled])
     if leak:
-        raise InputError(f"the training lists name {len(leak)} validation images, {sorted(leak)[0]} is one")
+        raise InputError(f"training and validation lists overlap: {len(leak)} ids, {sorted(leak)[0]} is one")
     return labeled, unlabeled
 
 

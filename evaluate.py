@@ -35,10 +35,9 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
         raise InputError(
             f"{path} cannot be read: it is damaged, or holds something else than tensors and plain values"
         ) from None
-    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= set(needed):
-        raise InputError(
-            f"{path} is not the kind of file that is needed here; entries such as {needed[0]} are missing"
-        )
+    missing = set(needed).difference(checkpoint if isinstance(checkpoint, dict) else ())
+    if missing:
+        raise InputError(f"{path} is not the file that is needed here: it has no {sorted(missing)[0]}")
     return checkpoint
 
 
@@ -309,6 +308,8 @@ def main(args):
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     network, record = load_student(args.run / f"student_stage{stage}.pt", device)
     if args.predict:
+        if len({Path(path).stem for path in args.predict}) < len(args.predict):
+            raise InputError("--predict: two images have the same name, and so would their predictions")
         for path in args.predict:
             print(predict(network, record, path, args.run / "predictions", device))
         return

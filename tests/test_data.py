@@ -414,7 +414,7 @@ BROKEN = {  # what is wrong, and words of the message; a0 and a2 are labelled, t
     "empty train.txt": (lambda d: (d / "train.txt").write_text("\n"), "the train split of"),
     "empty val.txt": (lambda d: (d / "val.txt").write_text(""), "the val split of"),
     "unknown id": (lambda d: (d / "val.txt").write_text("v0\nv1\n"), "val.txt names 'v1'"),
-    "an id for both": (lambda d: (d / "val.txt").write_text("v0\na4\n"), "1 validation images, a4"),
+    "an id for both": (lambda d: (d / "val.txt").write_text("v0\na4\n"), "overlap: 1 ids, a4"),
     "one id twice": (lambda d: write(d / "images/more/a0.png", rgb(0)), "have the same id, a0"),
     "no classes.txt": (lambda d: (d / "classes.txt").unlink(), "classes.txt cannot be read"),
     "one class": (lambda d: (d / "classes.txt").write_text("sky\n"), "classes.txt names 1 classes"),
