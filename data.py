@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
 VOID = 255
+ORDER, VIEW = 0, 1  # parts of the seeds, behind a stream's: of IndexStream, of Views
 CITYSCAPES_IDS = 34  # values of a labelIds mask, mapped to 19 classes and void
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = (
@@ -90,6 +91,8 @@ class Dataset:
 
     def read_pair(self, key):
         """read_image and read_label of `key`. Raises InputError also if the two differ in size."""
+        if self.name == "shapes":
+            return draw_scene(key)
         image, label = self.read_image(key), self.read_label(key)
         if image.shape[1:] != label.shape:
             (path, mask), have, want = self.files[key], tuple(label.shape), tuple(image.shape[1:])
@@ -405,7 +408,7 @@ class Views(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, draw = item
-        rng = np.random.default_rng([*self.stream, 1, draw])
+        rng = np.random.default_rng([*self.stream, VIEW, draw])
         key = self.ids[index]
         image, label = self.dataset.read_pair(key) if self.labeled else (self.dataset.read_image(key), None)
         if self.dataset.crop:
@@ -447,7 +450,7 @@ class IndexStream:
                 epoch, place = divmod(draw, self.length)
                 if epoch != current:
                     current = epoch
-                    order = np.random.default_rng([*self.stream, 0, epoch]).permutation(self.length)
+                    order = np.random.default_rng([*self.stream, ORDER, epoch]).permutation(self.length)
                 batch.append((int(order[place]), draw))
             yield batch[self.share]
 
