@@ -215,7 +215,7 @@ def error_localization(network, eln, scenes, threshold):
         rows = torch.stack(rows)  # (images, 3)
         table[method][kind] = {
             "image": rates(*rows.T).nanmean(1).tolist(), "pooled": rates(*rows.sum(0)).tolist()
-        }  # fmt: skip
+        }
     return table
 
 

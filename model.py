@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         self.fuse = nn.Sequential(
             conv_bn_relu(width + 48, width, 3), nn.Dropout(0.5),
             conv_bn_relu(width, width, 3), nn.Dropout(0.1),
-        )  # fmt: skip
+        )
         self.seg = head(width, out_channels)
         self.proj = head(width, EMBEDDING) if proj else None
 

@@ -24,7 +24,7 @@ from torch import nn
 from data import (
     DATASETS, InputError, check_files, load_dataset, make_loader, normalize, share_of_batch, split_ids,
     within,
-)  # fmt: skip
+)
 from eln import ErrorLocalizationNetwork, eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
@@ -38,7 +38,7 @@ VOC = dict(
     ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
     backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
     contrast_pixels=4096, workers=min(4, os.cpu_count()), save_every=1000, eval_every=2660, log_every=50,
-)  # fmt: skip
+)
 DEFAULTS = {
     "voc": VOC,
     "folder": VOC,
@@ -50,7 +50,7 @@ DEFAULTS = {
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
         contrast_pixels=1024, workers=0, save_every=200, eval_every=400, log_every=50,
     ),
-}  # fmt: skip
+}
 # A run may be resumed with other values of these; all other options change the result.
 FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "stage1")
 
@@ -109,7 +109,7 @@ def add_options(parser):
     add("--alphas", type=rate, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
     add("--seed", type=SEED, default=0, help="of weights, order, augmentation and dropout")
     add("--amp", choices=("auto", *AMP_TYPES), default="auto",
-        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")  # fmt: skip
+        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")
     add = run.add_argument
     add("--data", default="datasets", metavar="DIR", help="where the data set lies (README, Data)")
     add("--out", metavar="DIR", help="the run's folder; default runs/DATASET-RATIO-SPLIT")
@@ -350,7 +350,7 @@ def student_record(network, dataset, args):
     return {
         "network": network.state_dict(), "backbone": args.backbone, "width": args.width, "classes": classes,
         "palette": dataset.palette[: len(classes)].tolist(), "size": list(args.size), "crop": dataset.crop,
-    }  # fmt: skip
+    }
 
 
 def save_checkpoint(path, state, nets, optimizer, scaler):
@@ -368,7 +368,7 @@ def write_result(out, stage, args, steps, seconds, device, **scores):
         **scores, "steps": steps, "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
         "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
         "arguments": vars(args),
-    }  # fmt: skip
+    }
     aside = Path(f"{path}.part")
     aside.write_text(json.dumps(results, indent=2) + "\n")
     os.replace(aside, path)
@@ -421,7 +421,7 @@ def train(args, rank, world, device):
     batches = iter(make_loader(
         dataset, run["labeled"], args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
         rank, world, args.workers,
-    ))  # fmt: skip
+    ))
     fields = ["step", "L_sup", "L_aux", "L_eln"]
     if not args.supervised_only:
         fields += judgement_fields(len(args.alphas))

@@ -24,12 +24,12 @@ from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
     auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss, supervised_loss,
     unlabeled_loss,
-)  # fmt: skip
+)
 from train_stage1 import (
     AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, judgement, judgement_fields,
     make_parser, open_run, option, parallel, parameter_groups, restore, run_script, save, save_checkpoint,
     step_seed, student_record, total, untrained, write_result,
-)  # fmt: skip
+)
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
 ROWS = 2048  # of Eq. (10)'s matrix at a time: bounds its memory, changes no value
@@ -37,7 +37,7 @@ ROWS = 2048  # of Eq. (10)'s matrix at a time: bounds its memory, changes no val
 FROM_STAGE1 = (
     "dataset", "ratio", "split", "labeled_list", "unlabeled_list", "backbone", "weights", "eln_backbone",
     "eln_weights", "width", "size", "alphas",
-)  # fmt: skip
+)
 
 
 class SemiSupervisedNetworks(nn.Module):
@@ -74,7 +74,7 @@ class SemiSupervisedNetworks(nn.Module):
             logits=logits, aux_logits=aux_logits, valid_logits=valid_logits,
             pseudo_label=pseudo_label, valid=valid, logits_u=logits_u,
             feature_s=feature_s, feature_t=feature_t,
-        )  # fmt: skip
+        )
 
 
 def gather(tensor, rows, fill, world):

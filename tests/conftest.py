@@ -54,6 +54,6 @@ def run_apart():
         return subprocess.run(
             [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        )
 
     return run

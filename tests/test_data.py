@@ -24,11 +24,11 @@ VOC_COLOURS = [
     (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128),
     (128, 128, 128), (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128),
     (64, 128, 128), (192, 128, 128), (0, 64, 0), (128, 64, 0), (0, 192, 0), (128, 192, 0), (0, 64, 128),
-]  # fmt: skip
+]
 CITYSCAPES_TRAIN_IDS = {
     7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13,
     27: 14, 28: 15, 31: 16, 32: 17, 33: 18,
-}  # fmt: skip
+}
 
 
 def write(path, array, palette=False, **options):
@@ -206,7 +206,7 @@ def test_normalize_is_torchvisions():
     "N, ratio, count",
     [(10582, "1/20", 529), (10582, "1/8", 1322), (10582, "1/4", 2645), (2975, "1/8", 371),
      (2975, "1/2", 1487), (10580, "0.05", 529), (100, "0.29", 29), (7, "1", 7)],
-)  # fmt: skip
+)
 def test_a_split_takes_the_ratio_rounded_down(N, ratio, count):
     dataset = record([f"{i:05d}" for i in range(N)])
     splits = [split_ids(dataset, ratio, number) for number in (0, 1, 2)]
@@ -236,7 +236,7 @@ def test_a_split_stays_when_masks_that_it_does_not_need_are_missing(keep):
     [("half", "not a number"), ("", "not a number"), ("1/0", "not a number"), ("nan", "not a number"),
      ("0", "not above 0"), ("-1/20", "not above 0"), ("1.01", "at most 1"), ("1/21", "no labelled"),
      ("3/4", "15 labelled images, but only 10 of the 20")],
-)  # fmt: skip
+)
 def test_a_senseless_ratio_is_refused(ratio, words):
     dataset = record([f"{i}" for i in range(20)], without_mask=[f"{i}" for i in range(10)])
     with pytest.raises(InputError) as caught:
@@ -260,7 +260,7 @@ FILES = dict.fromkeys(["2007_000032", "aachen_000000_000019", "ä ö", "Zürich"
          b"gtFine/train/aachen/aachen_000000_000019_gtFine_labelTrainIds.png\n", ["aachen_000000_000019"]),
         (b"", []),
     ],
-)  # fmt: skip
+)
 def test_list_files_as_projects_ship_them(tmp_path, text, ids):
     (tmp_path / "list.txt").write_bytes(text)
     assert data.read_list(tmp_path / "list.txt", FILES) == ids
@@ -280,7 +280,7 @@ def test_a_list_with_an_id_that_has_no_image_is_refused(tmp_path, line):
      ("a\nb\n", "c\nb\n", "overlap: 1 ids, b"), ("a\nd\n", None, "d, which has no mask"),
      ("a\nx\n", None, "'x'"), ("\n", None, "names no image"), ("a\n", "y\n", "'y'"),
      (b"\xff\xfe", None, "cannot be read"), ("a\nv\n", None, "validation"), ("a\n", "b\nv\n", "validation")],
-)  # fmt: skip
+)
 def test_list_files_instead_of_a_ratio(tmp_path, labeled, unlabeled, words):
     paths = []
     for name, text in (("l.txt", labeled), ("u.txt", unlabeled)):
@@ -361,7 +361,7 @@ def test_cityscapes_label_ids_become_the_19_official_train_ids(tmp_path):
     [(1, lambda a: a), (2, np.fliplr), (3, lambda a: np.rot90(a, 2)), (4, np.flipud),
      (5, lambda a: a.swapaxes(0, 1)), (6, lambda a: np.rot90(a, -1)),
      (7, lambda a: np.rot90(a, 2).swapaxes(0, 1)), (8, np.rot90)],
-)  # fmt: skip
+)
 def test_images_are_turned_upright_as_exif_says(folder, tag, turn, suffix):
     exif, stored = Image.Exif(), np.kron(rgb(7, 3, 2), np.ones((8, 8, 1), np.uint8))
     exif[0x0112] = tag
@@ -522,7 +522,7 @@ def test_prepare_voc_merges_sbd_and_keeps_vocs_own_masks(tmp_path, download):
     assert download == [
         ("voc", "2012", "trainval", True), ("sbd", "train", "segmentation", True),
         ("sbd", "val", "segmentation", False),
-    ]  # fmt: skip
+    ]
     dataset = load_dataset("voc", tmp_path)
     assert (dataset.train, dataset.val) == (["s1", "s2", "s3", "t1", "t2"], ["v1", "v2"])
     for i, key in enumerate(["t1", "t2", "v1", "v2"]):

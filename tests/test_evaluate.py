@@ -24,7 +24,7 @@ C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
 ARGS = argparse.Namespace(
     backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=8, alphas=[20.0],
     size=[32, 32],
-)  # fmt: skip
+)
 
 
 def labels(seed, H, W):
@@ -241,7 +241,7 @@ UNREADABLE = {
     "missing": None, "empty": b"", "zeros": b"\0" * 1000, "hello": b"hello", "a: 1": b"a: 1\n", "G": b"G",
     "zip": b"PK\x03\x04" + bytes(200), "list": [1, 2], "number": 5, "other dict": {"network": {}},
     "half a dict": {"args": {}, "step": 3},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", UNREADABLE)

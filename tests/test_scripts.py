@@ -351,7 +351,7 @@ def test_gradients_of_one_process_are_those_of_several(work, run_apart):
     done = run_apart(
         work, work / "fork.py", ROOT, f"1 0 {stage1} --out one", f"2 {ports[0]} {stage1} --out two",
         f"1 0 {stage2} --out one", f"2 {ports[1]} {stage2} --out two",
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     for stage, shown in ((1, ("L_sup", "L_aux", "L_eln")), (2, ("L_pseudo", "L_contra"))):
         log, log2 = (rows(work / out / f"log_stage{stage}.csv")[-1] for out in ("one", "two"))
@@ -611,7 +611,7 @@ def test_weights_of_other_kinds_are_refused(work, option, kind):
     ({}, "--backbone resnet34", "--backbone resnet34 resnet18"),
     ({}, "--size 64 64", "--size [64, 64] [48, 48]"),
     ({}, "--dataset shapes", "--dataset shapes folder"),
-])  # fmt: skip
+])
 def test_stage_2_wants_a_finished_stage_1_that_fits(folder_run, work, change, options, says):
     link(folder_run / "run", work / "run", "stage1.pt")
     if change:
@@ -645,7 +645,7 @@ def test_stage_2_does_not_begin_with_a_stage_2(folder_run, work):
     (cut("images/v1.jpg"), "run --workers 2", "images/v1.jpg"),
     (remove("masks/v1.png"), "run", "v1 has no mask"),
     (remove("masks"), "run --figures 1", "mask"),
-])  # fmt: skip
+])
 def test_evaluate_refuses_what_it_cannot_use(folder_run, work, damage, options, says):
     link(folder_run / "run", work / "run")
     if damage:
@@ -656,7 +656,7 @@ def test_evaluate_refuses_what_it_cannot_use(folder_run, work, damage, options, 
 @pytest.mark.parametrize("script, defaults", [
     ("train_stage1.py", "512 6 0.0001 1e-05 resnet50 resnet34 imagenet 18620 13300 1/20 20.0"),
     ("train_stage2.py", "512 6 0.0001 1e-05 resnet50 resnet34 imagenet 101080 1/20 0.995 0.5 4096"),
-])  # fmt: skip
+])
 def test_help_shows_the_papers_defaults(tmp_path, script, defaults):
     text = " ".join(finishes(tmp_path, script, "--dataset", "voc", "--help").split())
     shown = " ".join(part.partition(")")[0] for part in text.split("(default: ")[1:])
