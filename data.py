@@ -9,9 +9,14 @@ nor of being interrupted.
 """
 
 import argparse
+import atexit
+import contextlib
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,6 +31,7 @@ from torchvision.transforms.v2 import functional as TF
 VOID = 255
 ORDER, VIEW = 0, 1  # parts of the seeds, behind a stream's: of IndexStream, of Views
 CITYSCAPES_IDS = 34  # values of a labelIds mask, mapped to 19 classes and void
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever the name's ending; no EPS: it is a program
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -34,9 +40,36 @@ VOC_CLASSES = (
 SHAPES_CLASSES = "background disk ring square striped_square triangle cross".split()
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 800, 100, 96
 
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such images
+
 
 class InputError(ValueError):
     """The user's input cannot be used; the one-line message names the file or option and the remedy."""
+
+
+def one_line(error):
+    """What an error says; a loader process wraps it in its traceback, whose last line is the message."""
+    return str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write, which becomes `path` once all of it is on the disk.
+
+    Raises OSError, naming `path`, if it cannot be written; what was at `path` then stays.
+    """
+    aside = Path(f"{path}.part")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(f"{path} cannot be written ({reason})") from None
 
 
 @dataclass
@@ -67,7 +100,7 @@ class Dataset:
         """The image `key` -> (3, H, W) uint8 RGB, turned upright. Raises InputError if it cannot be read."""
         if self.name == "shapes":
             return draw_scene(key)[0]
-        return TF.pil_to_tensor(open_image(self.files[key][0]).convert("RGB"))
+        return read_rgb(self.files[key][0])
 
     def read_label(self, key):
         """The mask of `key` -> (H, W) uint8, 0 .. C-1 or 255. Raises InputError if it is anything else."""
@@ -81,7 +114,7 @@ class Dataset:
             raise InputError(f"mask {path} has mode {mask.mode}; it must be grey or indexed by class")
         label = np.asarray(mask)
         known = len(self.classes) if self.train_id is None else CITYSCAPES_IDS
-        wrong = label[(label >= known) & (label != VOID)]
+        wrong = label[(label < 0) | (label >= known) & (label != VOID)]
         if wrong.size:
             raise InputError(
                 f"mask {path} has the value {wrong[0]}: neither one of {known} classes nor 255 (void)"
@@ -103,15 +136,31 @@ class Dataset:
 def open_image(path, read=ImageOps.exif_transpose):
     """read(image) of an opened PIL image: by default the image, decoded and turned upright as EXIF says.
 
-    Raises InputError, naming the file, if it cannot be read.
+    Raises InputError, naming the file, if it cannot be read or is unreasonably large.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
+            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels: cut it into tiles")
             return read(image)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
         raise InputError(f"{path} cannot be read as an image ({error})") from None
+
+
+def read_rgb(path):
+    """An image file -> (3, H, W) uint8 RGB, turned upright. Raises InputError as open_image.
+
+    Of 16 bits the upper 8 count; transparency does not.
+    """
+    image = open_image(path)
+    if image.mode == "F":
+        raise InputError(f"{path} holds fractions; it must have 8 or 16 bits a channel")
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image.info.pop("transparency", None)
+    return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def upright_size(image):
@@ -218,7 +267,7 @@ def read_list(path, files):
         candidates = (line, name, Path(name).stem, Path(name).stem.removesuffix("_leftImg8bit"))
         key = next((c for c in candidates if c in files), None)
         if key is None or ".." in Path(line.split()[0]).parts:
-            raise InputError(f"{path} names {line!r}, of which there is no image")
+            raise InputError(f"{path} names {line[:80]!r}, of which there is no image")
         ids.append(key)
     return list(dict.fromkeys(ids))
 
@@ -455,6 +504,22 @@ class IndexStream:
             yield batch[self.share]
 
 
+def ignore_signals(worker_id):
+    """For loader processes: SIGTERM and Ctrl-C are the training process's, which may still need a batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_loaders():
+    """Python ends loader processes by SIGTERM, which they ignore, and waits for them: so kill them before."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report a crash
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, rank=0, world=1, workers=0):
     """Batches of Views for the steps start .. stop-1, in order.
 
@@ -465,6 +530,7 @@ def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, ra
         Views(dataset, ids, size, labeled, stream),
         batch_sampler=IndexStream(len(ids), batch_size, stream, start, stop, rank, world),
         num_workers=workers,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -513,7 +579,8 @@ def prepare_voc(data, counts=(10582, 1449)):
             f"found {len(train)} training and {len(val)} validation ids instead of {counts}: the download in "
             f"{data} is incomplete; delete it and start again"
         )
-    (lists / "trainaug.txt").write_text("".join(f"{key}\n" for key in sorted(train)))
+    with replacing(lists / "trainaug.txt") as file:
+        file.write("".join(f"{key}\n" for key in sorted(train)).encode())
 
 
 def main():
@@ -523,9 +590,9 @@ def main():
     args = parser.parse_args()
     try:
         prepare_voc(args.data)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     print(f"{args.data}: 10,582 training and 1,449 validation images")
 
 

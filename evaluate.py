@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from torchvision.transforms.v2 import functional as TF
 
-from data import VOID, InputError, load_dataset, normalize, open_image, resize, within
+from data import (
+    VOID, InputError, ignore_signals, load_dataset, normalize, one_line, read_rgb, replacing, resize, within,
+)
 from eln import ErrorLocalizationNetwork, eln_input
-from model import DeepLabV3Plus
+from model import BACKBONES, DeepLabV3Plus
 
 
 def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labeled", "unlabeled")):
@@ -41,6 +42,14 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
     return checkpoint
 
 
+def read_result(path):
+    """The entries of result.json, {} if there is none. Raises InputError if it is damaged."""
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        raise InputError(f"{path} is damaged: move it away") from None
+
+
 def fill(network, state, path):
     """network.load_state_dict(state), strictly. Raises InputError, naming the file, if they do not fit."""
     try:
@@ -58,6 +67,8 @@ def load_student(path, device="cpu"):
     Raises InputError if the file is missing, broken, or of something else.
     """
     record = read_checkpoint(path, ("network", "backbone", "width", "classes", "palette", "size", "crop"))
+    if record["backbone"] not in BACKBONES:
+        raise InputError(f"{path} holds a network with the backbone {record['backbone']}, unknown here")
     network = DeepLabV3Plus(len(record["classes"]), record["backbone"], "none", record["width"])
     fill(network, record.pop("network"), path)
     return network.to(device).eval(), record
@@ -97,7 +108,8 @@ class Scenes(torch.utils.data.Dataset):
 
 def scenes_of(dataset, keys, size, device, workers):
     """Scenes one by one, on the device: X (1, 3, H, W) float, label (H, W) and original (H0, W0) int64."""
-    loader = torch.utils.data.DataLoader(Scenes(dataset, keys, size), None, num_workers=workers)
+    scenes = Scenes(dataset, keys, size)
+    loader = torch.utils.data.DataLoader(scenes, None, num_workers=workers, worker_init_fn=ignore_signals)
     for done, (image, label, original) in enumerate(loader, start=1):
         yield normalize(image.to(device))[None], label.to(device).long(), original.to(device).long()
         if sys.stderr.isatty():
@@ -219,6 +231,12 @@ def error_localization(network, eln, scenes, threshold):
     return table
 
 
+def save_png(image, path):
+    """Write a PIL image, aside and then into place."""
+    with replacing(path) as file:
+        image.save(file, "PNG")
+
+
 def colour(index, palette):
     """(H, W) int64 -> (H, W, 3) uint8 by the palette (C, 3); void (255) becomes white."""
     table = np.full((256, 3), 255, np.uint8)
@@ -263,7 +281,7 @@ def fig5(network, eln, X, image, label, palette):
 @torch.no_grad()
 def predict(network, record, path, folder, device):
     """Segment an image file: STEM_class.png (class numbers), STEM_colour.png, STEM_overlay.png in folder."""
-    image = TF.pil_to_tensor(open_image(path).convert("RGB"))
+    image = read_rgb(path)
     size = image.shape[1:] if record["crop"] else record["size"]
     logits, _ = network(normalize(resize(image, None, size)[0].to(device))[None])
     logits = torch.nn.functional.interpolate(logits, image.shape[1:], mode="bilinear", align_corners=False)
@@ -277,7 +295,7 @@ def predict(network, record, path, folder, device):
         ("colour", painted),
         ("overlay", overlay),
     ):
-        Image.fromarray(array).save(f"{stem}_{name}.png")
+        save_png(Image.fromarray(array), f"{stem}_{name}.png")
     return f"{stem}_overlay.png"
 
 
@@ -356,21 +374,15 @@ def main(args):
         keys = masked[: args.figures]
         for key, (X, label, _) in zip(keys, scenes_of(dataset, keys, size, device, 0)):
             image = resize(dataset.read_image(key), None, label.shape)[0]
-            fig5(network, eln, X, image, label, record["palette"]).save(folder / f"{key}.png")
+            save_png(fig5(network, eln, X, image, label, record["palette"]), folder / f"{key}.png")
             print(f"figure: {folder / key}.png")
-    if (args.run / "result.json").exists():
-        known = json.loads((args.run / "result.json").read_text())
-        print(
-            "   ".join(f"{name}: student's mIoU {entry['mIoU']:.2f}" for name, entry in sorted(known.items()))
-        )
+    known = read_result(args.run / "result.json")
+    print("   ".join(f"{name}: student's mIoU {entry['mIoU']:.2f}" for name, entry in sorted(known.items())))
 
 
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except InputError as error:
-        print(
-            f"evaluate.py: {str(error).strip().splitlines()[-1].removeprefix('data.InputError: ')}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    except (InputError, OSError) as error:
+        print(f"evaluate.py: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -9,8 +9,12 @@ resumes an interrupted run. --supervised-only is L_sup alone for --iters steps: 
 
 import argparse
 import csv
+import io
 import json
+import math
 import os
+import shlex
+import signal
 import sys
 import time
 from pathlib import Path
@@ -22,15 +26,16 @@ import torchvision
 from torch import nn
 
 from data import (
-    DATASETS, InputError, check_files, load_dataset, make_loader, normalize, share_of_batch, split_ids,
-    within,
+    DATASETS, InputError, check_files, load_dataset, make_loader, normalize, one_line, replacing,
+    share_of_batch, split_ids, within,
 )
 from eln import ErrorLocalizationNetwork, eln_input
-from evaluate import fill, mean_iou, read_checkpoint, score
+from evaluate import fill, mean_iou, read_checkpoint, read_result, score
 from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, Decoder, DeepLabV3Plus, WeightsError
 
 STAGE, LABELED = 1, 0  # parts of the seeds, see data.Views
+SKIPS = 16  # steps in a row with an overflow of float16: they take the scaler from 65,536, its first, to 1
 SEED = within(0, 2**32 - 1)
 
 # Defaults that depend on the data set; `iters` are stage 2's. The paper states no number of iterations.
@@ -219,14 +224,81 @@ def step_seed(seed, stage, step, rank):
     return int(np.random.default_rng([seed, stage, 2, step, rank]).integers(2**63))
 
 
+class Stopped(Exception):
+    """A run ends early, its last checkpoint whole. str() is one line for the user; code: the exit status."""
+
+    def __init__(self, line, code=1):
+        super().__init__(line)
+        self.code = code
+
+
+class Watch:
+    """Looks at each step before the optimizer takes it: is all finite, and has somebody asked to stop?
+
+    skipped  steps that float16's scaler left out so far, because their gradient overflowed
+    stop     whether any process has been asked to stop, by SIGTERM or SIGINT (Ctrl-C); set by `look`
+    """
+
+    def __init__(self, rank, skipped):
+        self.rank, self.skipped, self.in_a_row, self.stop, self.signal = rank, skipped, 0, False, 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        """The signal handler. Under torchrun further signals follow the first: they change nothing."""
+        if self.rank == 0 and not self.signal:
+            os.write(2, b"\nstopping after this step\n")  # print() may not be entered twice
+        self.signal = number
+
+    def look(self, step, row, optimizer, scaler, world):
+        """The step's losses, {name: scalar tensor}, as numbers, averaged over processes.
+
+        The one time in a step that the host waits for a GPU (with float16, scaler.step waits once more).
+        Raises Stopped if a loss is not finite, or the gradient; with float16, SKIPS gradients in a row.
+        """
+        gradient = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradient)
+        values = torch.stack([*row.values(), norm, norm.new_full((), self.signal)])
+        *values, norm, asked = (total(values, world) / world).tolist()
+        self.stop = asked > 0
+        row = dict(zip(row, values))
+        wrong = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
+        if not wrong and not math.isfinite(norm) and not scaler.is_enabled():
+            wrong = [f"the gradient's norm is {norm}"]
+        if wrong:
+            raise Stopped(f"step {step + 1}: {', '.join(wrong)}; a smaller --lr or --amp off may help")
+        self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+        self.skipped += not math.isfinite(norm)
+        if self.in_a_row == SKIPS:
+            raise Stopped(f"step {step + 1}: {SKIPS} gradients in a row overflowed float16; try --amp off")
+        return row
+
+    def stopped(self, path, done):
+        """The exception that ends the run once `path` holds the steps done."""
+        launch = "python" if "RANK" not in os.environ else "torchrun [as before]"
+        command = f"{launch} {shlex.join(sys.argv)}"
+        code = 128 + (self.signal or signal.SIGTERM)
+        return Stopped(f"asked to stop; {path} holds {done} steps; to go on: {command}", code)
+
+
+def by_first(rank, world, device, write, *args):
+    """write(*args) on the first process, which alone writes files. If it fails, all processes stop."""
+    failed = None
+    if rank == 0:
+        try:
+            write(*args)
+        except (OSError, InputError, Stopped) as error:
+            failed = error
+    codes = {type(None): 0, InputError: 2}
+    code = total(torch.full((), codes.get(type(failed), 1), device=device), world)
+    if code:
+        raise Stopped(str(failed or ""), int(code))
+
+
 def save(state, path):
-    """torch.save, aside and then moved into place, so that `path` is whole at any moment."""
-    aside = Path(f"{path}.part")
-    with open(aside, "wb") as file:
+    """torch.save, aside and then moved into place, so that `path` is whole at any moment. Raises OSError."""
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def untrained(args):
@@ -250,9 +322,10 @@ def open_run(args, path, device):
     dataset = load_dataset(args.dataset, args.data)
     labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
     run = {"args": vars(args), "labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
+    read_result(path.parent / "result.json")  # to be added to in the end: refused now if it is damaged
     checkpoint = None
     if path.exists():
-        needed = (*run, "step", "seconds", "best", "networks", "optimizer", "scaler")
+        needed = (*run, "step", "seconds", "best", "skipped", "networks", "optimizer", "scaler")
         checkpoint = read_checkpoint(path, needed)
         for key, value in checkpoint["args"].items():
             if key not in FREE and run["args"].get(key) != value:
@@ -267,36 +340,41 @@ def open_run(args, path, device):
 
 
 def restore(path, checkpoint, nets, optimizer, scaler):
-    """Put a checkpoint back. Returns the steps done, the seconds they took, and the best mIoU so far."""
+    """Put a checkpoint back. Returns the seconds and skipped steps behind it, and the best mIoU so far."""
     fill(nets, checkpoint["networks"], path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
-    return checkpoint["step"], checkpoint["seconds"], checkpoint["best"]
+    return checkpoint["seconds"], checkpoint["skipped"], checkpoint["best"]
 
 
 class Log:
-    """log_stageN.csv, and one line of progress: renewed on a terminal, plain elsewhere. Rank 0 alone writes.
+    """log_stageN.csv, and one line of progress: renewed on a terminal, plain elsewhere.
 
-    fields  columns; step  rows beyond it are dropped; steps in all
+    fields  columns; step  done before; steps in all
     """
 
     def __init__(self, path, fields, step, steps, rank):
         self.path, self.fields, self.steps, self.rank = path, fields, steps, rank
         self.last = step, time.monotonic()
-        if rank == 0:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"--out {path.parent} cannot be made ({error.strerror})") from None
-            rows = []
-            if path.exists():
-                with open(path, newline="") as file:
-                    rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-            with open(f"{path}.part", "w", newline="") as file:
-                writer = csv.DictWriter(file, fields)
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(f"{path}.part", path)
+
+    def begin(self, step):
+        """Write the file without rows beyond `step`. Raises InputError if it cannot be read or written."""
+        rows = []
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                whole = self.path.read_text().rpartition("\n")[0]  # a full disk may have cut the last row
+                rows = [row for row in csv.DictReader(io.StringIO(whole)) if int(row["step"]) <= step]
+            text = io.StringIO()
+            writer = csv.DictWriter(text, self.fields)
+            writer.writeheader()
+            writer.writerows(rows)
+            with replacing(self.path) as file:
+                file.write(text.getvalue().encode())
+        except OSError as error:
+            raise InputError(f"--out {self.path.parent} cannot be written to ({error})") from None
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{self.path} is not the log of this run: move it away") from None
 
     def steps_per_second(self, step):
         """Since the last row, or the beginning."""
@@ -304,13 +382,15 @@ class Log:
 
     def write(self, step, values):
         """Append {field: number} for a step, and show it."""
-        if self.rank == 0:
+        row = {"step": step, **{key: f"{value:.6g}" for key, value in values.items()}}
+        try:
             with open(self.path, "a", newline="") as file:
-                row = {"step": step, **{key: f"{value:.6g}" for key, value in values.items()}}
                 csv.DictWriter(file, self.fields).writerow(row)
-            shown = "  ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "steps/s")
-            left = int((self.steps - step) / values["steps/s"])
-            self.show(f"{step}/{self.steps}  {shown}  {left // 60}:{left % 60:02d} left", step < self.steps)
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written ({error.strerror})") from None
+        shown = "  ".join(f"{key} {value:.3g}" for key, value in values.items() if key != "steps/s")
+        left = int((self.steps - step) / values["steps/s"])
+        self.show(f"{step}/{self.steps}  {shown}  {left // 60}:{left % 60:02d} left", step < self.steps)
         self.last = step, time.monotonic()
 
     def show(self, line, renew=False):
@@ -354,7 +434,10 @@ def student_record(network, dataset, args):
 
 
 def save_checkpoint(path, state, nets, optimizer, scaler):
-    """The dict `state`, and all that training goes on from."""
+    """The dict `state`, and all that training goes on from. Raises Stopped if a network is not finite."""
+    broken = [name for name, value in nets.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise Stopped(f"{broken[0]} is not finite after step {state['step']}; a smaller --lr may help")
     parts = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
     save({**state, **{name: part.state_dict() for name, part in parts.items()}}, path)
 
@@ -363,19 +446,22 @@ def write_result(out, stage, args, steps, seconds, device, **scores):
     """Set result.json's entry `stage`, leaving the others."""
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     path = out / "result.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_result(path)
     results[stage] = {
         **scores, "steps": steps, "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
         "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
         "arguments": vars(args),
     }
-    aside = Path(f"{path}.part")
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(aside, path)
+    with replacing(path) as file:
+        file.write(json.dumps(results, indent=2).encode() + b"\n")
 
 
 def run_script(name, parse, train):
-    """Parse, join the other processes, train; unusable input ends in one line on stderr and exit code 2."""
+    """Parse, join the other processes, train. Ends in one line on stderr, if not well, and an exit code.
+
+    2: the input cannot be used; 1: see Stopped; 130, 143: asked to stop, by Ctrl-C or SIGTERM.
+    """
+    line, code = "", 0
     try:
         args = parse()
         rank, world, device = start_process(args.device)
@@ -383,12 +469,20 @@ def run_script(name, parse, train):
             raise InputError(f"--batch-size {args.batch_size} is too small for {world} processes")
         train(args, rank, world, device)
     except (InputError, WeightsError) as error:
-        # a loader's process wraps the message in its traceback, whose last line is "data.InputError: message"
-        message = str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
-        print(f"{name}: {message}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    if dist.is_initialized():
+        line, code = one_line(error), 2
+    except Stopped as stop:
+        line, code = str(stop) if rank == 0 else "", stop.code  # all processes stop; the first one says it
+    except KeyboardInterrupt:
+        line, code = "interrupted", 130
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if dist.is_initialized() and code != 2:  # bad input may be one process's alone: it cannot wait for others
         dist.destroy_process_group()
+    if line:
+        print(f"{name}: {line}", file=sys.stderr, flush=True)
+    if code:
+        sys.exit(code)
 
 
 def train(args, rank, world, device):
@@ -412,9 +506,9 @@ def train(args, rank, world, device):
     optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    seconds, best = 0.0, 0.0
+    seconds, skipped, best = 0.0, 0, 0.0
     if checkpoint:
-        start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
+        seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
     model = parallel(nets if joint else nets.main, world)
 
@@ -425,12 +519,24 @@ def train(args, rank, world, device):
     fields = ["step", "L_sup", "L_aux", "L_eln"]
     if not args.supervised_only:
         fields += judgement_fields(len(args.alphas))
-    log = Log(out / "log_stage1.csv", [*fields, "mIoU", "images/s", "steps/s"], start, steps, rank)
+    fields += ["mIoU", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
+    log = Log(out / "log_stage1.csv", fields, start, steps, rank)
+    by_first(rank, world, device, log.begin, start)
     log.show(f"{out}: {len(run['labeled'])} labelled images, {steps - start} steps on {world} x {device}")
     began = time.monotonic() - seconds
     b = share_of_batch(args.batch_size, rank, world)
     share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
 
+    def store(done, scores):
+        """Write the checkpoint, and before it, with the last step's scores, what else a run leaves."""
+        seconds = time.monotonic() - began
+        if scores:
+            save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
+            write_result(out, "stage1", args, done, seconds, device, skipped=watch.skipped, **scores)
+        state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
+        save_checkpoint(path, state, nets, optimizer, scaler)
+
+    watch = Watch(rank, skipped)
     for step in range(start, steps):
         if step == args.pretrain_iters:  # pre-training is over: the auxiliary decoders and ELN join
             joint = True
@@ -459,31 +565,31 @@ def train(args, rank, world, device):
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        row = watch.look(step, row, optimizer, scaler, world)
         scaler.step(optimizer)
         scaler.update()
 
-        done = step + 1
+        done, scores = step + 1, {}
         last = done == steps
         validate, write = done % args.eval_every == 0 or last, done % args.log_every == 0 or last
         if validate or write:
-            row = {key: float(total(value.detach(), world) / world) for key, value in row.items()}
             rate = log.steps_per_second(done)
             row.update({"images/s": rate * args.batch_size, "steps/s": rate})
             if joint:
                 row.update(judgement(logits, aux_logits, valid_logits, label, world))
             if validate:
                 matrices = score(nets.main, dataset, args.size, device, rank, world, args.workers)
-                miou = row["mIoU"] = mean_iou(matrices["resized"])
-                best = max(best, miou)
-            log.write(done, row)
-        if rank == 0 and (done % args.save_every == 0 or last):
-            seconds = time.monotonic() - began
-            if last:
-                save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
-                write_result(out, "stage1", args, done, seconds, device, mIoU=miou, best_mIoU=best)
-            state = {**run, "step": done, "seconds": seconds, "best": best}
-            save_checkpoint(path, state, nets, optimizer, scaler)
-    log.show(f"stage 1: mIoU {miou:.2f}  ({out / 'student_stage1.pt'})")
+                scores["mIoU"] = row["mIoU"] = mean_iou(matrices["resized"])
+                best = scores["best_mIoU"] = max(best, scores["mIoU"])
+            if scaler.is_enabled():
+                row["skipped"] = watch.skipped
+            by_first(rank, world, device, log.write, done, row)
+        if done % args.save_every == 0 or last or watch.stop:
+            by_first(rank, world, device, store, done, last and scores)
+        if watch.stop and not last:
+            raise watch.stopped(path, done)
+    log.show(f"stage 1: mIoU {scores['mIoU']:.2f}  ({out / 'student_stage1.pt'})")
 
 
 if __name__ == "__main__":

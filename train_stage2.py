@@ -26,9 +26,9 @@ from losses import (
     unlabeled_loss,
 )
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, add_options, default_out, judgement, judgement_fields,
-    make_parser, open_run, option, parallel, parameter_groups, restore, run_script, save, save_checkpoint,
-    step_seed, student_record, total, untrained, write_result,
+    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, Watch, add_options, by_first, default_out, judgement,
+    judgement_fields, make_parser, open_run, option, parallel, parameter_groups, restore, run_script, save,
+    save_checkpoint, step_seed, student_record, total, untrained, write_result,
 )
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -197,9 +197,9 @@ def train(args, rank, world, device):
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    seconds, best = 0.0, 0.0
+    seconds, skipped, best = 0.0, 0, 0.0
     if checkpoint:
-        start, seconds, best = restore(path, checkpoint, nets, optimizer, scaler)
+        seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
     model = parallel(nets, world)
 
@@ -212,14 +212,25 @@ def train(args, rank, world, device):
     fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
     if args.filter == "eln":
         fields += judgement_fields(len(args.alphas))
-    fields += ["mIoU", "mIoU_teacher", "images/s", "steps/s"]
+    fields += ["mIoU", "mIoU_teacher", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
     log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
+    by_first(rank, world, device, log.begin, start)
     images = f"{len(run['labeled'])} labelled and {len(run['unlabeled'])} unlabelled images"
     log.show(f"{out}: {images}, {args.iters - start} steps on {world} x {device}")
     began = time.monotonic() - seconds
     b = share_of_batch(args.batch_size, rank, world)
     share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
 
+    def store(done, scores):
+        """Write the checkpoint, and before it, with the last step's scores, what else a run leaves."""
+        seconds = time.monotonic() - began
+        if scores:
+            save(student_record(student, dataset, args), out / "student_stage2.pt")
+            write_result(out, "stage2", args, done, seconds, device, skipped=watch.skipped, **scores)
+        state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
+        save_checkpoint(path, state, nets, optimizer, scaler)
+
+    watch = Watch(rank, skipped)
     for step in range(start, args.iters):
         (image, label), (image_u, image_u_strong) = next(batches)
         torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
@@ -251,15 +262,16 @@ def train(args, rank, world, device):
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        row = watch.look(step, row, optimizer, scaler, world)
         scaler.step(optimizer)
         scaler.update()
         ema_update(nets.teacher, student, args.beta)  # Eq. (8)
 
-        done = step + 1
+        done, scores = step + 1, {}
         last = done == args.iters
         validate, write = done % args.eval_every == 0 or last, done % args.log_every == 0 or last
         if validate or write:
-            row = {key: float(total(value.detach(), world) / world) for key, value in row.items()}
             rate = log.steps_per_second(done)
             row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
             if args.filter == "eln":
@@ -267,18 +279,16 @@ def train(args, rank, world, device):
             if validate:
                 for name, network in (("mIoU", student), ("mIoU_teacher", nets.teacher)):
                     matrices = score(network, dataset, args.size, device, rank, world, args.workers)
-                    row[name] = mean_iou(matrices["resized"])
-                miou, best = row["mIoU"], max(best, row["mIoU"])
-            log.write(done, row)
-        if rank == 0 and (done % args.save_every == 0 or last):
-            seconds = time.monotonic() - began
-            if last:
-                save(student_record(student, dataset, args), out / "student_stage2.pt")
-                scores = {"mIoU": miou, "best_mIoU": best, "mIoU_teacher": row["mIoU_teacher"]}
-                write_result(out, "stage2", args, done, seconds, device, **scores)
-            state = {**run, "step": done, "seconds": seconds, "best": best}
-            save_checkpoint(path, state, nets, optimizer, scaler)
-    log.show(f"stage 2: mIoU {miou:.2f}  ({out / 'student_stage2.pt'})")
+                    scores[name] = row[name] = mean_iou(matrices["resized"])
+                best = scores["best_mIoU"] = max(best, scores["mIoU"])
+            if scaler.is_enabled():
+                row["skipped"] = watch.skipped
+            by_first(rank, world, device, log.write, done, row)
+        if done % args.save_every == 0 or last or watch.stop:
+            by_first(rank, world, device, store, done, last and scores)
+        if watch.stop and not last:
+            raise watch.stopped(path, done)
+    log.show(f"stage 2: mIoU {scores['mIoU']:.2f}  ({out / 'student_stage2.pt'})")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,29 @@
-"""What several test files share: a small data set of the `folder` kind, and scripts run in a process."""
+"""What several test files share: a small data set, scripts run in a process, the comparison of two runs."""
 
+import contextlib
+import csv
+import io
 import os
+import runpy
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
-import pytest
-from PIL import Image
+# For tensors this small several threads only wait for each other, for minutes where other programs run.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, which reads it
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-# For tensors this small several threads only wait for each other, for minutes where other programs run.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(ROOT))  # for the scripts of this folder; pytest finds the root by itself
+from train_stage1 import FREE  # noqa: E402
+
+TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +71,56 @@ def run_apart():
         )
 
     return run
+
+
+def here(cwd, script, *options):
+    """Run a script as __main__ in this process -> exit code, stdout, stderr. Other exceptions pass."""
+    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    argv = mock.patch.object(sys, "argv", [script, *map(str, options)])
+    os.chdir(cwd)
+    try:
+        with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return 0, out.getvalue(), err.getvalue()
+    except SystemExit as stop:
+        return stop.code or 0, out.getvalue(), err.getvalue()
+    finally:
+        os.chdir(before)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def load(path):
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def rows(path):
+    """A log's rows, without its speeds."""
+    with open(path, newline="") as file:
+        return [{k: v for k, v in row.items() if not k.endswith("/s")} for row in csv.DictReader(file)]
+
+
+def leaves(value, name=""):
+    """Every (path of keys, leaf) of nested dicts and lists; AdamW's betas are a tuple."""
+    if isinstance(value, (dict, list, tuple)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(part, f"{name}/{key}")
+    else:
+        yield name, value
+
+
+def same_run(run, other, stage):
+    """Both folders hold the same checkpoint, student and log, byte by byte, but for times and FREE options."""
+    for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
+        one, two = (dict(leaves(load(folder / name))) for folder in (run, other))
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            if isinstance(value, torch.Tensor):
+                assert value.numpy().tobytes() == two[key].numpy().tobytes(), key
+            elif key != "/seconds" and key.removeprefix("/args/") not in FREE:
+                assert value == two[key], key
+    assert rows(run / f"log_stage{stage}.csv") == rows(other / f"log_stage{stage}.csv")

@@ -88,24 +88,24 @@ def test_processes_share_one_order_and_a_resumed_run_enters_it(world, length):
     assert length < 7 or list(IndexStream(length, 6, (6, 1, 0), 0, 9)) != one
 
 
+@pytest.mark.parametrize("workers", [0, 2, 4])
 @pytest.mark.parametrize("labeled", [True, False])
-def test_batches_depend_on_stream_and_step_alone(labeled):
+def test_batches_depend_on_stream_and_step_alone(labeled, workers):
     shapes = load_dataset("shapes")
     options = dict(dataset=shapes, ids=shapes.train[:5], size=(40, 48), labeled=labeled, stream=STREAM)
-    views, place, batches = Views(**options), dict(batch_size=3, start=4, stop=7, rank=1, world=2), {}
-    for workers in (0, 2):
-        torch.manual_seed(workers)  # nothing may come from the global generators
-        np.random.seed(workers)
-        loader = make_loader(**options, **place, workers=workers)
-        batches[workers] = [tensor for batch in loader for tensor in batch]
+    views, place = Views(**options), dict(batch_size=4, start=4, stop=7)
     steps = IndexStream(length=5, stream=STREAM, **place)
-    direct = [torch.stack(tensors) for step in steps for tensors in zip(*(views[item] for item in step))]
-    assert len(direct) == 6
+    direct = [[torch.stack(tensors) for tensors in zip(*(views[item] for item in step))] for step in steps]
     other = Views(**{**options, "stream": (6, 1, 0)})
     assert not all(torch.equal(views[0, draw][0], other[0, draw][0]) for draw in range(9))
-    for tensors in zip(batches[0], batches[2], direct, strict=True):
-        assert tensors[0].dtype == torch.uint8
-        assert torch.equal(tensors[0], tensors[1]) and torch.equal(tensors[0], tensors[2])
+    for world in (1, 2, 3):
+        torch.manual_seed(world)  # nothing may come from the global generators
+        np.random.seed(world)
+        ranks = [make_loader(**options, **place, rank=rank, world=world, workers=workers) for rank in range(world)]
+        batches = [[torch.cat(tensors) for tensors in zip(*parts)] for parts in zip(*ranks, strict=True)]
+        assert len(batches) == len(direct) == 3
+        for tensor, expected in zip(sum(batches, []), sum(direct, []), strict=True):
+            assert tensor.dtype == torch.uint8 and torch.equal(tensor, expected)
 
 
 # Views

@@ -6,17 +6,12 @@ A new process imports PyTorch for seconds: so whole runs are made once and share
 as __main__ inside this process, by `here`. `folder` data lies in ./datasets, the default of --data.
 """
 
-import contextlib
 import copy
-import csv
-import io
 import json
 import math
 import os
 import re
-import runpy
 import shutil
-import socket
 import sys
 import threading
 from argparse import Namespace
@@ -32,10 +27,10 @@ from PIL import Image
 import losses
 import train_stage1
 import train_stage2
+from conftest import TINY, here, leaves, load, rows, same_run
 from data import share_of_batch
 
 ROOT = Path(train_stage1.__file__).resolve().parent
-TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
 NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY]
 LISTED = "--labeled-list datasets/labeled.txt".split()
@@ -44,21 +39,6 @@ STAGE2 = "train_stage2.py --dataset folder --out run --iters 3 --device cpu".spl
 NEW2 = [*STAGE2, "--out", "new", "--stage1"]  # stage 2 in a new folder
 CHECKPOINTS = {"stage1.pt", "stage2.pt", "student_stage1.pt", "student_stage2.pt"}
 RUN_FILES = CHECKPOINTS | {"log_stage1.csv", "log_stage2.csv", "result.json"}
-
-
-def here(cwd, script, *options):
-    """Run a script as __main__ in this process -> exit code, stdout, stderr. Other exceptions pass."""
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
-    argv = mock.patch.object(sys, "argv", [script, *map(str, options)])
-    os.chdir(cwd)
-    try:
-        with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        return 0, out.getvalue(), err.getvalue()
-    except SystemExit as stop:
-        return stop.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        os.chdir(before)
 
 
 def finishes(cwd, *command):
@@ -88,25 +68,6 @@ def refused(cwd, *command, says):
     code, _, err = here(cwd, *command)
     one_line(code, err, says)
     assert disk(cwd) == before
-
-
-def load(path):
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
-def rows(path):
-    """A log's rows, without its speeds."""
-    with open(path, newline="") as file:
-        return [{k: v for k, v in row.items() if not k.endswith("/s")} for row in csv.DictReader(file)]
-
-
-def leaves(value, name=""):
-    """Every (path of keys, leaf) of nested dicts and lists; AdamW's betas are a tuple."""
-    if isinstance(value, (dict, list, tuple)):
-        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(part, f"{name}/{key}")
-    else:
-        yield name, value
 
 
 def link(source, target, *names):
@@ -238,20 +199,8 @@ def interrupted(cwd, step, command):
             raise KeyboardInterrupt
         return supervised_loss(*args)
 
-    with mock.patch.object(losses, "supervised_loss", stop), pytest.raises(KeyboardInterrupt):
-        here(cwd, *command)
-
-
-def same_run(run, other, stage):
-    for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
-        one, two = (dict(leaves(load(folder / name))) for folder in (run, other))
-        assert one.keys() == two.keys()
-        for key, value in one.items():
-            if isinstance(value, torch.Tensor):
-                assert torch.equal(value, two[key]), key
-            elif key != "/seconds" and key.removeprefix("/args/") not in train_stage1.FREE:
-                assert value == two[key], key
-    assert rows(run / f"log_stage{stage}.csv") == rows(other / f"log_stage{stage}.csv")
+    with mock.patch.object(losses, "supervised_loss", stop):
+        assert here(cwd, *command)[0] == 130
 
 
 def test_interrupted_runs_end_bitwise_as_uninterrupted_ones(folder_run, work):
@@ -302,68 +251,6 @@ def test_more_processes_than_images_are_refused(work, monkeypatch, capsys):
         train_stage1.run_script("train_stage1.py", train_stage1.parse_args, train_stage1.train)
     one_line(stop.value.code, capsys.readouterr().err, "--batch-size 2 3 processes")
     assert not (work / "run").exists()
-
-
-# Runs scripts in float64 on several forked processes (torchrun would import PyTorch in each), with BatchNorm
-# on fixed statistics and no dropout, which differ between one process and several. A shallow ResNet saves
-# time; logits less each image's mean give every image several classes, and pixels that ELN accepts.
-FORK = """
-import os, runpy, sys, torch, torchvision
-sys.path.insert(0, sys.argv[1])
-import model, train_stage2
-torch.set_default_dtype(torch.float64)
-torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
-    x, self.running_mean, self.running_var, self.weight, self.bias)
-torch.nn.Dropout.forward = lambda self, x: x
-torchvision.models.get_model = lambda name, weights: torchvision.models.ResNet(
-    torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-decode = model.Decoder.forward
-def centred(self, *args):
-    logits, feature = decode(self, *args)
-    return logits - logits.mean((2, 3), keepdim=True).detach(), feature
-model.Decoder.forward = centred
-for line in sys.argv[2:]:
-    world, port, script, *options = line.split()
-    children = []
-    for rank in range(int(world)):
-        if (child := os.fork()) == 0:
-            os.environ.update(RANK=str(rank), WORLD_SIZE=world, LOCAL_RANK=str(rank),
-                              MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            sys.argv = [script, *options]
-            runpy.run_path(os.path.join(sys.path[0], script), run_name="__main__")
-            os._exit(0)
-        children.append(child)
-    assert all([os.waitpid(child, 0)[1] == 0 for child in children])
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_gradients_of_one_process_are_those_of_several(work, run_apart):
-    """3 images on 2 processes (2 + 1): AdamW's first moment in the checkpoint shows the gradient."""
-    with socket.socket() as a, socket.socket() as b:
-        for free in (a, b):
-            free.bind(("127.0.0.1", 0))
-        ports = a.getsockname()[1], b.getsockname()[1]
-    stage1 = " ".join(["train_stage1.py", *FOLDER, "--ratio 3/4 --pretrain-iters 1 --eln-iters 1"])
-    stage1 += " --batch-size 3 --alphas 1 1.1"  # near the main decoder's loss: Eq. (3) takes some images
-    stage2 = "train_stage2.py --dataset folder --stage1 one/stage1.pt --iters 1 --contrast-pixels 300"
-    (work / "fork.py").write_text(FORK)
-    done = run_apart(
-        work, work / "fork.py", ROOT, f"1 0 {stage1} --out one", f"2 {ports[0]} {stage1} --out two",
-        f"1 0 {stage2} --out one", f"2 {ports[1]} {stage2} --out two",
-    )
-    assert done.returncode == 0, done.stderr
-    for stage, shown in ((1, ("L_sup", "L_aux", "L_eln")), (2, ("L_pseudo", "L_contra"))):
-        log, log2 = (rows(work / out / f"log_stage{stage}.csv")[-1] for out in ("one", "two"))
-        assert all(float(log[name]) > 0 for name in shown)  # else the gradients below show nothing
-        assert log == log2
-        paths = (work / out / f"stage{stage}.pt" for out in ("one", "two"))
-        state, state2 = (load(path)["optimizer"]["state"] for path in paths)
-        assert state.keys() == state2.keys()
-        for key in state:
-            gradient, gradient2 = state[key]["exp_avg"], state2[key]["exp_avg"]
-            assert gradient.dtype == torch.float64
-            assert (gradient - gradient2).abs().max() <= 1e-9 * max(1e-3, gradient.abs().max()), key
 
 
 def on_processes(world, work):

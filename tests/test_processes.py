@@ -1,0 +1,135 @@
+"""One process computes what several do: losses, every gradient, the validation.
+
+    python -m pytest tests/test_processes.py        (from the root; a minute on two cores)
+"""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import TINY, free_port, load
+from data import IndexStream
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
+WORLDS = (1, 2, 3)
+
+# float64, BatchNorm on fixed statistics, no dropout: the last two differ between one process and several. A
+# shallow ResNet saves time. Logits less each image's mean give an image several classes, and pixels that ELN
+# accepts; all of an image of one colour it rejects. What the log rounds is written in full.
+EXACT = """
+import json, os
+import torch, torchvision
+import eln, evaluate, model, train_stage1, train_stage2
+
+torch.set_default_dtype(torch.float64)
+torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
+    x, self.running_mean, self.running_var, self.weight, self.bias)
+torch.nn.Dropout.forward = lambda self, x: x
+torchvision.models.get_model = lambda name, weights: torchvision.models.ResNet(
+    torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+decode, judge, write, score = (
+    model.Decoder.forward, eln.ErrorLocalizationNetwork.forward, train_stage1.Log.write, evaluate.score)
+
+def centred(self, *args):
+    logits, feature = decode(self, *args)
+    return logits - logits.mean((2, 3), keepdim=True).detach(), feature
+
+def rejecting(self, x):
+    plain = x[:, :3].flatten(2).std(2).amax(1) == 0
+    if not self.training:
+        with open(f"rejected_{os.environ['WORLD_SIZE']}_{os.environ['RANK']}.txt", "a") as file:
+            file.write(f"{plain.tolist()}\n")
+    return judge(self, x).masked_fill(plain[:, None, None], -1.0)
+
+def write_in_full(self, step, values):
+    self.path.with_name(f"full_{self.path.stem}_{step}.json").write_text(json.dumps(values))
+    write(self, step, values)
+
+def score_in_full(network, dataset, size, device, rank, world, workers):
+    matrices = score(network, dataset, size, device, rank, world, workers)
+    with open(f"matrices_{world}_{rank}.txt", "a") as file:
+        file.write(json.dumps({name: matrix.tolist() for name, matrix in matrices.items()}) + "\\n")
+    return matrices
+
+model.Decoder.forward, eln.ErrorLocalizationNetwork.forward = centred, rejecting
+train_stage1.Log.write = write_in_full
+train_stage1.score = train_stage2.score = score_in_full
+"""
+
+
+def places(seed, stage, kind, step):
+    """Which of 4 images lies where in a step's batch of 4."""
+    return [index for index, _ in next(iter(IndexStream(4, 4, (seed, stage, kind), step, step + 1)))]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, write_folder, run_apart):
+    """Both stages on 1, 2 and 3 processes, 4 images split as 4, 2 + 2, 2 + 1 + 1, in folders 1, 2 and 3.
+
+    In the last step of both stages the labels of the third image are all void, so that on three processes the
+    second has no label; in stage 2 the fourth image's pixels are all rejected, so that the third has none.
+    """
+    work = tmp_path_factory.mktemp("processes")
+    write_folder(work / "datasets")
+    seed = next(s for s in range(99) if places(s, 1, 0, 1)[2] == places(s, 2, 0, 0)[2])
+    void, plain = f"t{places(seed, 1, 0, 1)[2]}", f"t{4 + places(seed, 2, 1, 0)[3]}"
+    mask = np.asarray(Image.open(work / f"datasets/masks/{void}.png"))
+    Image.fromarray(np.full_like(mask, 255)).save(work / f"datasets/masks/{void}.png")
+    Image.new("RGB", (56, 56), (90, 120, 60)).save(work / f"datasets/images/{plain}.jpg")
+    (work / "changes.py").write_text(EXACT)
+    stage1 = ["train_stage1.py --dataset folder", *NO_WEIGHTS, *TINY, "--pretrain-iters 1 --eln-iters 1"]
+    stage1 = " ".join([*stage1, f"--batch-size 4 --labeled-list datasets/labeled.txt --seed {seed}"])
+    stage1 += " --alphas 1 1.1"  # near the main decoder's loss: Eq. (3) takes some images
+    stage2 = "train_stage2.py --dataset folder --stage1 1/stage1.pt --iters 1 --log-every 1"
+    commands = [f"{world} {free_port()} {stage1} --out {world}" for world in WORLDS]
+    for pixels in (300, 0):
+        options = f"{stage2} --contrast-pixels {pixels}"
+        commands += [f"{world} {free_port()} {options} --out {world}-{pixels}" for world in WORLDS]
+    done = run_apart(work, "tests/fork_processes.py", "changes.py", *commands)
+    assert (done.returncode, done.stderr) == (0, "")
+    codes = [line for line in done.stdout.split("\n") if line and set(line) <= set("0 ")]
+    assert codes == ["0", "0 0", "0 0 0"] * 3
+    yield work
+    shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("stage, folder, steps", [(1, "{}", 2), (2, "{}-300", 1), (2, "{}-0", 1)])
+def test_losses_and_gradients_of_one_process_are_those_of_several(runs, stage, folder, steps):
+    """AdamW's first moment in the checkpoint shows the gradient; relative to each parameter's largest one."""
+    paths = [runs / folder.format(world) for world in WORLDS]
+    shown = ["L_sup", "L_aux", "L_eln", *(["L_pseudo", "L_contra"] if stage == 2 else [])]
+    for step in range(1, steps + 1):
+        full = [json.loads((path / f"full_log_stage{stage}_{step}.json").read_text()) for path in paths]
+        for key, value in full[0].items():
+            if not key.endswith("/s"):
+                rounding = 1e-6 if key == "accepted" else 1e-9  # that one is a float32
+                assert all(abs(other[key] - value) <= rounding * abs(value) for other in full), key
+    assert all(full[0][key] > 0 for key in shown)  # else the gradients below show nothing
+    if stage == 2:
+        assert 0 < full[0]["accepted"] < 0.75
+        for rank, rejected in enumerate(([False, False], [False], [True])):
+            assert set((runs / f"rejected_3_{rank}.txt").read_text().split("\n")) == {str(rejected), ""}
+    states = [load(path / f"stage{stage}.pt")["optimizer"]["state"] for path in paths]
+    for key, state in states[0].items():
+        gradient = state["exp_avg"]
+        assert gradient.dtype == torch.float64
+        for other in states[1:]:
+            assert other.keys() == states[0].keys()
+            assert (other[key]["exp_avg"] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), key
+
+
+def test_validation_counts_every_image_once(runs):
+    pixels = [np.asarray(Image.open(runs / f"datasets/masks/{key}.png")) for key in ("v0", "v1")]
+    known = sum(int((label != 255).sum()) for label in pixels)
+    one = (runs / "matrices_1_0.txt").read_text()
+    assert len(one.splitlines()) == 1 + 2 * 2  # stage 1, and in each stage 2 student and teacher
+    for line in one.splitlines():
+        assert sum(map(sum, json.loads(line)["original"])) == known
+    for world in WORLDS[1:]:
+        assert all((runs / f"matrices_{world}_{rank}.txt").read_text() == one for rank in range(world))
