@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from data import (
@@ -22,11 +23,13 @@ from data import (
 from eln import ErrorLocalizationNetwork, eln_input
 from model import BACKBONES, DeepLabV3Plus
 
+PIXELS = 2**22  # that are counted at a time: bounds memory for very large images
 
-def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labeled", "unlabeled")):
+
+def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labeled", "unlabeled"), stage=None):
     """A dict of tensors and plain values that torch.save wrote, with `needed` among its keys; runs no code.
 
-    Raises InputError, naming the file, if it is missing, damaged, or something else.
+    Raises InputError, naming the file, if it is missing, damaged, of another stage, or something else.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -39,6 +42,8 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
     missing = set(needed).difference(checkpoint if isinstance(checkpoint, dict) else ())
     if missing:
         raise InputError(f"{path} is not the file that is needed here: it has no {sorted(missing)[0]}")
+    if stage and checkpoint.get("stage") != stage:
+        raise InputError(f"{path} is not a checkpoint of stage {stage}")
     return checkpoint
 
 
@@ -107,20 +112,37 @@ class Scenes(torch.utils.data.Dataset):
 
 
 def scenes_of(dataset, keys, size, device, workers):
-    """Scenes one by one, on the device: X (1, 3, H, W) float, label (H, W) and original (H0, W0) int64."""
+    """Scenes one by one, on the device: X (1, 3, H, W) float, label (H, W) int64, original (H0, W0) uint8."""
     scenes = Scenes(dataset, keys, size)
     loader = torch.utils.data.DataLoader(scenes, None, num_workers=workers, worker_init_fn=ignore_signals)
     for done, (image, label, original) in enumerate(loader, start=1):
-        yield normalize(image.to(device))[None], label.to(device).long(), original.to(device).long()
+        yield normalize(image.to(device))[None], label.to(device).long(), original.to(device)
         if sys.stderr.isatty():
             end = "\r\033[K" if done == len(keys) else ""
             print(f"\r{done}/{len(keys)} images", end=end, file=sys.stderr, flush=True)
 
 
 def count(prediction, label, C):
-    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) int64; void is left out."""
-    known = label != VOID
-    return torch.bincount(label[known] * C + prediction[known], minlength=C * C).reshape(C, C)
+    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) of integers; void is left out."""
+    matrix = torch.zeros(C * C, dtype=torch.int64, device=label.device)
+    for Y, P in zip(label.flatten().split(PIXELS), prediction.flatten().split(PIXELS)):
+        known = Y != VOID
+        matrix += torch.bincount(Y[known].long() * C + P[known].long(), minlength=C * C)
+    return matrix.reshape(C, C)
+
+
+def resized_argmax(logits, size):
+    """argmax over the classes of logits (1, C, h, w), resized to `size` (H, W) -> (H, W) uint8.
+
+    One class after the other, so that memory does not grow with their number.
+    """
+    highest = torch.full(tuple(size), -torch.inf, dtype=logits.dtype, device=logits.device)
+    winner = torch.zeros(tuple(size), dtype=torch.uint8, device=logits.device)
+    for c in range(logits.shape[1]):
+        one = F.interpolate(logits[:, c : c + 1], tuple(size), mode="bilinear", align_corners=False)[0, 0]
+        winner.masked_fill_(one > highest, c)
+        highest = torch.maximum(highest, one)
+    return winner
 
 
 @torch.no_grad()
@@ -139,11 +161,7 @@ def score(network, dataset, size, device, rank=0, world=1, workers=0):
     for X, label, original in scenes_of(dataset, dataset.val[rank::world], size, device, workers):
         logits, _ = network(X)
         matrices[0] += count(logits[0].argmax(0), label, C)
-        if original.shape != label.shape:
-            logits = torch.nn.functional.interpolate(
-                logits, original.shape, mode="bilinear", align_corners=False
-            )
-        matrices[1] += count(logits[0].argmax(0), original, C)
+        matrices[1] += count(resized_argmax(logits, original.shape), original, C)
     if world > 1:
         dist.all_reduce(matrices)
     return {"resized": matrices[0], "original": matrices[1]}
@@ -284,14 +302,13 @@ def predict(network, record, path, folder, device):
     image = read_rgb(path)
     size = image.shape[1:] if record["crop"] else record["size"]
     logits, _ = network(normalize(resize(image, None, size)[0].to(device))[None])
-    logits = torch.nn.functional.interpolate(logits, image.shape[1:], mode="bilinear", align_corners=False)
-    index = logits[0].argmax(0)
+    index = resized_argmax(logits, image.shape[1:])
     painted = colour(index, record["palette"])
-    overlay = (0.5 * image.permute(1, 2, 0).numpy() + 0.5 * painted).astype(np.uint8)
+    overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
     folder.mkdir(exist_ok=True)
     stem = folder / Path(path).stem
     for name, array in (
-        ("class", index.cpu().numpy().astype(np.uint8)),
+        ("class", index.cpu().numpy()),
         ("colour", painted),
         ("overlay", overlay),
     ):
@@ -332,7 +349,7 @@ def main(args):
             print(predict(network, record, path, args.run / "predictions", device))
         return
     path = args.run / f"stage{stage}.pt"
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, stage=stage)
     size = record["size"]
     dataset = load_dataset(checkpoint["args"]["dataset"], args.data or checkpoint["args"]["data"])
     if list(dataset.classes) != checkpoint["classes"]:

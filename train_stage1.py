@@ -311,22 +311,24 @@ def option(key):
     return "--" + key.replace("_", "-")
 
 
-def open_run(args, path, device):
-    """What a stage begins with: its data, and its checkpoint at `path` if there is one.
+def open_run(args, stage, device):
+    """What a stage, 1 or 2, begins with: its data, and its checkpoint if there is one.
 
     Sets args.amp to what "auto" means on this device.
     Returns dataset, run, checkpoint or None; run is the part of a checkpoint that never changes: a dict of
-    args, labeled and unlabeled (ids), classes. Raises InputError for bad input, or another run's checkpoint.
+    stage, args, labeled and unlabeled (ids), classes. Raises InputError for bad input, or another run's checkpoint.
     """
     args.amp = resolve_amp(args.amp, device)
     dataset = load_dataset(args.dataset, args.data)
     labeled, unlabeled = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
-    run = {"args": vars(args), "labeled": labeled, "unlabeled": unlabeled, "classes": list(dataset.classes)}
+    run = {"stage": stage, "args": vars(args), "labeled": labeled, "unlabeled": unlabeled}
+    run["classes"] = list(dataset.classes)
+    path = Path(args.out) / f"stage{stage}.pt"
     read_result(path.parent / "result.json")  # to be added to in the end: refused now if it is damaged
     checkpoint = None
     if path.exists():
         needed = (*run, "step", "seconds", "best", "skipped", "networks", "optimizer", "scaler")
-        checkpoint = read_checkpoint(path, needed)
+        checkpoint = read_checkpoint(path, needed, stage)
         for key, value in checkpoint["args"].items():
             if key not in FREE and run["args"].get(key) != value:
                 raise InputError(
@@ -489,7 +491,7 @@ def train(args, rank, world, device):
     """Stage 1, Sec. 3.1: each step is batch, forward, losses, backward, optimizer, log, save."""
     out, steps = Path(args.out), args.pretrain_iters + args.eln_iters
     path = out / "stage1.pt"
-    dataset, run, checkpoint = open_run(args, path, device)
+    dataset, run, checkpoint = open_run(args, STAGE, device)
     start = checkpoint["step"] if checkpoint else 0
     if start == steps:
         return print(f"{path} is finished ({steps} steps)") if rank == 0 else None

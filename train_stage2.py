@@ -138,7 +138,7 @@ def parse_args(argv=None):
     given.dataset = given.dataset or "shapes"
     given.ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
     stage1 = Path(given.stage1 or Path(given.out or default_out(given)) / "stage1.pt")
-    known = read_checkpoint(stage1)["args"] if stage1.exists() else {}
+    known = read_checkpoint(stage1, stage=1)["args"] if stage1.exists() else {}
     defaults = DEFAULTS[known.get("dataset", given.dataset)]
 
     parser = make_parser(__doc__)
@@ -168,16 +168,14 @@ def parse_args(argv=None):
 def train(args, rank, world, device):
     """Stage 2, Sec. 3.2: each step is batches, forward, losses, backward, optimizer, EMA, log, save."""
     out, path = Path(args.out), Path(args.out) / "stage2.pt"
-    dataset, run, checkpoint = open_run(args, path, device)
+    dataset, run, checkpoint = open_run(args, STAGE, device)
     start = checkpoint["step"] if checkpoint else 0
     if start == args.iters:
         return print(f"{path} is finished ({args.iters} steps)") if rank == 0 else None
     if not run["unlabeled"]:
         raise InputError("there is no unlabelled image: every training image is labelled")
     check_files(dataset, run["labeled"], run["unlabeled"], args.size)
-    stage1 = read_checkpoint(args.stage1)
-    if "eln_iters" not in stage1["args"]:
-        raise InputError(f"{args.stage1} is not a checkpoint of stage 1")
+    stage1 = read_checkpoint(args.stage1, stage=1)
     if stage1["step"] != stage1["args"]["pretrain_iters"] + stage1["args"]["eln_iters"]:
         raise InputError(f"{args.stage1} is unfinished (step {stage1['step']}): let train_stage1.py end")
     if stage1["labeled"] != run["labeled"] or stage1["classes"] != run["classes"]:

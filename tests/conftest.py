@@ -26,36 +26,36 @@ from train_stage1 import FREE  # noqa: E402
 TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
 
 
-@pytest.fixture(scope="session")
-def write_folder():
-    """write_folder(root): t0 .. t7 for training (t6 and t7 without a mask), v0 and v1 for validation.
+def make_folder(root):
+    """Write t0 .. t7 for training (t6 and t7 without a mask), v0 and v1 for validation. Returns root.
 
     Three classes, jpg images of different sizes, masks with a palette and a void line, and labeled.txt, which
     names t0 .. t3.
     """
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (root / name).mkdir(parents=True)
+    train, val = [f"t{i}" for i in range(8)], ["v0", "v1"]
+    for i, key in enumerate(train + val):
+        label = np.zeros((40 + 4 * i, 56), np.uint8)
+        label[10:25, 5:30], label[20:38, 25:50], label[0] = 1, 2, 255
+        colour = np.uint8([[90, 90, 90], [200, 60, 60], [60, 60, 200]])[np.where(label == 255, 0, label)]
+        noise = rng.integers(0, 40, colour.shape, np.uint8)
+        Image.fromarray(colour + noise).save(root / "images" / f"{key}.jpg", quality=95)
+        if key not in ("t6", "t7"):
+            mask = Image.fromarray(label, "P")
+            mask.putpalette(bytes(range(256)) * 3)
+            mask.save(root / "masks" / f"{key}.png")
+    for name, lines in dict(
+        train=train, val=val, labeled=train[:4], classes=["background", "red", "blue"]
+    ).items():
+        (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    return root
 
-    def write(root):
-        rng = np.random.default_rng(0)
-        for name in ("images", "masks"):
-            (root / name).mkdir(parents=True)
-        train, val = [f"t{i}" for i in range(8)], ["v0", "v1"]
-        for i, key in enumerate(train + val):
-            label = np.zeros((40 + 4 * i, 56), np.uint8)
-            label[10:25, 5:30], label[20:38, 25:50], label[0] = 1, 2, 255
-            colour = np.uint8([[90, 90, 90], [200, 60, 60], [60, 60, 200]])[np.where(label == 255, 0, label)]
-            noise = rng.integers(0, 40, colour.shape, np.uint8)
-            Image.fromarray(colour + noise).save(root / "images" / f"{key}.jpg", quality=95)
-            if key not in ("t6", "t7"):
-                mask = Image.fromarray(label, "P")
-                mask.putpalette(bytes(range(256)) * 3)
-                mask.save(root / "masks" / f"{key}.png")
-        for name, lines in dict(
-            train=train, val=val, labeled=train[:4], classes=["background", "red", "blue"]
-        ).items():
-            (root / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
-        return root
 
-    return write
+@pytest.fixture(scope="session")
+def write_folder():
+    return make_folder
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def leaves(value, name=""):
 
 
 def same_run(run, other, stage):
-    """Both folders hold the same checkpoint, student and log, byte by byte, but for times and FREE options."""
+    """Both folders hold the same checkpoint, student and log, byte by byte, but for times, FREE options."""
     for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
         one, two = (dict(leaves(load(folder / name))) for folder in (run, other))
         assert one.keys() == two.keys()

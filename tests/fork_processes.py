@@ -3,7 +3,7 @@ in each), after changing their modules.
 
     python tests/fork_processes.py CHANGES "WORLD PORT SCRIPT OPTION ..." ...
 
-CHANGES: a Python file that is executed before. Prints the exit codes of each command's processes, a line each.
+CHANGES: a Python file, executed before. Prints the exit codes of each command's processes, a line each.
 """
 
 import importlib

@@ -92,7 +92,7 @@ def prepare(folder, stage):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
     parser.add_argument("--seed", type=int, default=0)
@@ -103,7 +103,7 @@ def main():
             prepare(folder, stage)
             busy = survive(folder, stage, workers, args.kills, args.seed)
             shutil.rmtree(folder)
-            print(f"stage {stage}, --workers {workers}: {args.kills} kills, {busy} while writing; the same end")
+            print(f"stage {stage}, --workers {workers}: {args.kills} kills, {busy} in writing: the same end")
 
 
 if __name__ == "__main__":

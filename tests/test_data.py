@@ -101,7 +101,8 @@ def test_batches_depend_on_stream_and_step_alone(labeled, workers):
     for world in (1, 2, 3):
         torch.manual_seed(world)  # nothing may come from the global generators
         np.random.seed(world)
-        ranks = [make_loader(**options, **place, rank=rank, world=world, workers=workers) for rank in range(world)]
+        place.update(world=world, workers=workers)
+        ranks = [make_loader(**options, **place, rank=rank) for rank in range(world)]
         batches = [[torch.cat(tensors) for tensors in zip(*parts)] for parts in zip(*ranks, strict=True)]
         assert len(batches) == len(direct) == 3
         for tensor, expected in zip(sum(batches, []), sum(direct, []), strict=True):

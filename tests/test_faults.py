@@ -1,4 +1,4 @@
-"""What happens to long runs: killed, asked to stop, no room on the disk, a loss that is not finite.
+"""What happens to runs: killed, asked to stop, no room on the disk, a loss that is not finite, odd files.
 
     python -m pytest tests/test_faults.py        (from the root; three minutes on two cores)
 """
@@ -22,6 +22,7 @@ import torchvision
 
 import kill_runs
 import losses
+import mutate_inputs
 import train_stage1
 from conftest import ROOT, TINY, free_port, here, leaves, load, rows, same_run
 
@@ -208,7 +209,8 @@ def test_full_disk_leaves_the_old_checkpoint(undisturbed, work, stage, size, sta
     with largest_file(size) as begin, at_step(4, begin):
         code, _, err = here(work, *command)
     file = stage1_file if stage == 1 else stage2_file
-    assert code == 1 and err.startswith(f"{command[0]}: run/{file} cannot be written (") and err.count("\n") == 1
+    assert code == 1 and err.count("\n") == 1
+    assert err.startswith(f"{command[0]}: run/{file} cannot be written (")
     assert load(work / f"run/stage{stage}.pt")["step"] == 3
     assert not list((work / "run").glob("*.part"))
     if size:
@@ -290,11 +292,21 @@ def test_float16_stops_when_every_gradient_overflows(undisturbed, work):
         return broken_gradient(losses.cross_entropy(logits, label).mean())
 
     command = [*STAGE2, "--stage1", undisturbed / "run/stage1.pt", "--amp", "float16", "--save-every", 1]
-    with mock.patch.object(losses, "supervised_loss", overflowing), mock.patch.object(train_stage1, "SKIPS", 2):
+    loss = mock.patch.object(losses, "supervised_loss", overflowing)
+    with loss, mock.patch.object(train_stage1, "SKIPS", 2):
         code, _, err = here(work, *command)
     assert code == 1 and ": step 2: 2 gradients in a row" in err and err.count("\n") == 1
     checkpoint = load(work / "run/stage2.pt")
     assert (checkpoint["step"], checkpoint["skipped"]) == (1, 1) and finite(work / "run/stage2.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_damaged_and_odd_files_are_used_rightly_or_refused(tmp_path):
+    """A few; `python tests/mutate_inputs.py` tries more."""
+    reports = mutate_inputs.run(tmp_path, count=40)
+    shutil.rmtree(tmp_path)
+    assert len(reports) == 40 and not [report for report in reports if report["wrong"]]
+    assert {report["code"] for report in reports} == {0, 2}
 
 
 # On two processes something happens to one of them, in step 2, as the run's folder says.
