@@ -31,6 +31,8 @@ from torchvision.transforms.v2 import functional as TF
 VOID = 255
 ORDER, VIEW = 0, 1  # parts of the seeds, behind a stream's: of IndexStream, of Views
 CITYSCAPES_IDS = 34  # values of a labelIds mask, mapped to 19 classes and void
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255  # ImageNet's, of R, G, B
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever the name's ending; no EPS: it is a program
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = (
@@ -414,9 +416,7 @@ def check_files(dataset, labeled, unlabeled, size):
 
 def normalize(image):
     """(..., 3, H, W) uint8 -> X: float32 with ImageNet's mean 0 and deviation 1, on the same device."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=image.device)[:, None, None] * 255
-    std = torch.tensor([0.229, 0.224, 0.225], device=image.device)[:, None, None] * 255
-    return (image - mean) / std
+    return (image - MEAN.to(image.device, non_blocking=True)) / STD.to(image.device, non_blocking=True)
 
 
 def resize(image, label, size):

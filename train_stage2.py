@@ -102,7 +102,7 @@ def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_
         return torch.arange(len(label), device=label.device), label
     per_image = shape[0] * shape[1]
     lot = torch.from_numpy(rng.random((batch_size, per_image))[share_of_batch(batch_size, rank, world)])
-    lot = lot.to(label.device).flatten().masked_fill(label == 255, 2.0)  # valid pixels: in [0, 1)
+    lot = lot.to(label.device, non_blocking=True).flatten().masked_fill(label == 255, 2.0)  # valid: in [0, 1)
     lots = gather(lot, -(-batch_size // world) * per_image, 2.0, world)
     last = lots.topk(min(pixels, len(lots)), largest=False).values[-1]
     lot, place = lot.topk(min(pixels, len(lot)), largest=False)
