@@ -67,9 +67,11 @@ def replacing(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind a RuntimeError
+            error = error.__context__
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise OSError(f"{path} cannot be written ({reason})") from None
 
