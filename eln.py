@@ -1,7 +1,8 @@
 """The error localization network (Sec. 3.1, 4.1): which pixels of a prediction are likely to be wrong?
 
 It reads the image X, the prediction P and the prediction's entropy E, and gives one logit a pixel: above 0 (a
-sigmoid above 0.5) it believes the prediction. Encoder and decoder are those of model.py.
+sigmoid above 0.5) it believes the prediction. Encoder and decoder are those of model.py. Its rival, the s-ECN
+of Sec. 4.3, is the same network with C outputs, the corrected prediction.
 """
 
 import torch
@@ -50,3 +51,26 @@ class ErrorLocalizationNetwork(nn.Module):
         low, high = self.encoder(x)
         out, _ = self.decoder(low, high, x.shape[2:])
         return out.squeeze(1)
+
+
+def rejected(output, logits):
+    """Which pixels of a prediction are taken for wrong.
+
+    output  (B, H, W) float, ELN's valid_logit: those of at most 0; or (B, C, H, W) float, s-ECN's correction:
+            those whose class it changes
+    logits  (B, C, H, W) float: the judged prediction
+    Returns (B, H, W) bool.
+    """
+    return output <= 0 if output.ndim == 3 else output.argmax(dim=1) != logits.argmax(dim=1)
+
+
+def doubt(output, logits):
+    """How much each pixel of a prediction is doubted: minus the logit of its being right, (B, H, W) float.
+
+    output, logits as in rejected; for the s-ECN "right" means the predicted class, so that a pixel which it
+    does not correct may still be doubted more than another.
+    """
+    if output.ndim == 3:
+        return -output
+    P = output.double().softmax(dim=1).gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
+    return -torch.logit(P, eps=1e-12)

@@ -4,10 +4,13 @@ python evaluate.py RUN                        mIoU and the IoU of every class, o
 python evaluate.py RUN --figures 4            the paper's Fig. 5 for the first unlabelled images
 python evaluate.py RUN --error-localization   how well ELN finds errors on the unlabelled images (Table 4)
 python evaluate.py RUN --predict IMAGE ...    masks of any images; needs no data set
+python evaluate.py RUN RUN ... --figures 4    the runs' predictions for the same images, side by side
+python evaluate.py RUN RUN ... --compare      a table; runs that differ in split and seed make one row
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -20,9 +23,11 @@ from PIL import Image, ImageDraw
 from data import (
     VOID, InputError, ignore_signals, load_dataset, normalize, one_line, read_rgb, replacing, resize, within,
 )
-from eln import ErrorLocalizationNetwork, eln_input
-from model import BACKBONES, DeepLabV3Plus
+from eln import ErrorLocalizationNetwork, doubt, eln_input, rejected
+from model import BACKBONES, DeepLabV3Plus, load_tensors
 
+# A run may be resumed with other values of these options; all others change its result.
+FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "stage1")
 PIXELS = 2**22  # that are counted at a time: bounds memory for very large images
 
 
@@ -32,10 +37,10 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
     Raises InputError, naming the file, if it is missing, damaged, of another stage, or something else.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_tensors(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
-    except Exception:  # damaged bytes reach torch.load's readers as errors of many kinds
+    except Exception:  # damaged bytes reach the readers as errors of many kinds
         raise InputError(
             f"{path} cannot be read: it is damaged, or holds something else than tensors and plain values"
         ) from None
@@ -50,8 +55,11 @@ def read_checkpoint(path, needed=("args", "step", "networks", "classes", "labele
 def read_result(path):
     """The entries of result.json, {} if there is none. Raises InputError if it is damaged."""
     try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+        results = json.loads(path.read_text()) if path.exists() else {}
+        for entry in results.values():
+            float(entry["mIoU"]), float(entry["best_mIoU"]), entry["arguments"].items(), entry["steps"]
+        return results
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path} is damaged: move it away") from None
 
 
@@ -80,13 +88,14 @@ def load_student(path, device="cpu"):
 
 
 def load_eln(path, checkpoint, device="cpu"):
-    """ELN in eval mode from a stage's checkpoint that was read from `path`; None if the run trained none."""
+    """ELN, or the s-ECN, in eval mode from a checkpoint that was read from `path`; None if it has none."""
     networks = checkpoint["networks"]  # "eln." in stage 1, "labeled.eln." in stage 2
     state = {key.split("eln.", 1)[1]: value for key, value in networks.items() if "eln." in key}
     if not state:
         return None
-    args = checkpoint["args"]
-    eln = ErrorLocalizationNetwork(len(checkpoint["classes"]), args["eln_backbone"], "none", args["width"])
+    args, C = checkpoint["args"], len(checkpoint["classes"])
+    outputs = C if args["corrector"] == "ecn" else 1
+    eln = ErrorLocalizationNetwork(C, args["eln_backbone"], "none", args["width"], outputs)
     fill(eln, state, path)
     return eln.to(device).eval()
 
@@ -123,7 +132,7 @@ def scenes_of(dataset, keys, size, device, workers):
 
 
 def count(prediction, label, C):
-    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) of integers; void is left out."""
+    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) integer; void is left out."""
     matrix = torch.zeros(C * C, dtype=torch.int64, device=label.device)
     for Y, P in zip(label.flatten().split(PIXELS), prediction.flatten().split(PIXELS)):
         known = Y != VOID
@@ -209,9 +218,9 @@ def rates(hits, claimed, positive):
 
 @torch.no_grad()
 def error_localization(network, eln, scenes, threshold):
-    """Table 4: does ELN, or a threshold on the softmax's confidence, tell wrong pixels from right ones?
+    """Table 4: does ELN (or s-ECN), or a threshold on the softmax's confidence, tell wrong pixels from right?
 
-    scenes     an iterable as from scenes_of
+    eln        ELN, s-ECN or None; scenes  an iterable as from scenes_of
     threshold  pixels of at most this confidence are taken for wrong
     Returns {method: {"correct": ..., "error": ..., "AP": number}}. "correct" and "error", as the positive
     class, hold {"image": (3,), "pooled": (3,)}: precision, recall and F1 averaged over images (where
@@ -226,18 +235,19 @@ def error_localization(network, eln, scenes, threshold):
         confidence = log_P.max(0).values.exp()
         entropy = -(log_P.exp() * log_P).sum(0)
         # how much each method doubts a pixel, and which pixels it rejects
-        doubt = {
+        methods = {
             "confidence": (-torch.logit(confidence, eps=1e-12), confidence <= threshold),
             "entropy": (entropy.clamp(min=1e-12).log(), None),
         }
         if eln is not None:
-            valid_logit = eln(eln_input(X, logits))[0][known]
-            doubt = {"ELN": (-valid_logit, valid_logit <= 0), **doubt}
-        for method, (amount, rejected) in doubt.items():
+            output = eln(eln_input(X, logits))
+            name = "ELN" if output.ndim == 3 else "s-ECN"
+            methods = {name: [f(output, logits)[0][known] for f in (doubt, rejected)], **methods}
+        for method, (amount, refused) in methods.items():
             rankings.setdefault(method, Ranking(-30, 30, X.device)).add(amount, wrong)
-            if rejected is None:
+            if refused is None:
                 continue
-            for kind, positive, claimed in (("correct", ~wrong, ~rejected), ("error", wrong, rejected)):
+            for kind, positive, claimed in (("correct", ~wrong, ~refused), ("error", wrong, refused)):
                 row = torch.stack([(positive & claimed).sum(), claimed.sum(), positive.sum()]).double()
                 counts.setdefault((method, kind), []).append(row)
     table = {method: {"AP": ranking.average_precision()} for method, ranking in rankings.items()}
@@ -283,17 +293,22 @@ def fig5(network, eln, X, image, label, palette):
         ("(b) errors", binary(wrong)),
     ]
     if eln is not None:
-        rejected = eln(eln_input(X, logits))[0] <= 0
-        panels.append(("(c) errors found by ELN", binary(rejected)))
-        panels.append(("(d) prediction, filtered", colour(prediction.masked_fill(rejected, VOID), palette)))
-    H, W = label.shape
+        refused = rejected(eln(eln_input(X, logits)), logits)[0]
+        panels.append(("(c) errors found by ELN", binary(refused)))
+        panels.append(("(d) prediction, filtered", colour(prediction.masked_fill(refused, VOID), palette)))
+    return sheet(panels)
+
+
+def sheet(panels):
+    """A PIL image of (caption, (H, W, 3) uint8) side by side, small ones enlarged."""
+    H, W = panels[0][1].shape[:2]
     zoom = max(1, round(192 / W))
     H, W = H * zoom, W * zoom
-    sheet = Image.new("RGB", (len(panels) * (W + 4) - 4, H + 14), "white")
+    image = Image.new("RGB", (len(panels) * (W + 4) - 4, H + 14), "white")
     for i, (caption, panel) in enumerate(panels):
-        sheet.paste(Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST), (i * (W + 4), 14))
-        ImageDraw.Draw(sheet).text((i * (W + 4) + 2, 1), caption, fill="black")
-    return sheet
+        image.paste(Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST), (i * (W + 4), 14))
+        ImageDraw.Draw(image).text((i * (W + 4) + 2, 1), caption, fill="black")
+    return image
 
 
 @torch.no_grad()
@@ -316,15 +331,92 @@ def predict(network, record, path, folder, device):
     return f"{stem}_overlay.png"
 
 
+def latest_stage(run):
+    """2 if stage 2's student is there, else 1."""
+    return 2 if (run / "student_stage2.pt").exists() else 1
+
+
+def compare(runs, stage=None):
+    """A Markdown table from result.json; runs that differ in split, seed and FREE options alone are one row.
+
+    A row is named by the options in which it differs from the others of its stage. mIoU in percent: mean and
+    standard deviation (n - 1) of the last step's student, of the best step's, of the last step's teacher.
+    Raises InputError for a run without a result.
+    """
+    groups = {}
+    for run in runs:
+        results = read_result(run / "result.json")
+        name = f"stage{stage}" if stage else max(results, default="result")
+        if name not in results:
+            raise InputError(f"{run} has no {name}: let its training end")
+        arguments = results[name]["arguments"].items()
+        settings = {key: value for key, value in arguments if key not in (*FREE, "split", "seed")}
+        groups.setdefault((name, json.dumps(settings)), []).append(results[name])
+
+    def shown(entries, key):
+        values = [entry[key] for entry in entries if key in entry]
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{deviation}" if values else ""
+
+    lines = ["| run | number | mIoU | best | teacher | steps |", "| --- | --- | --- | --- | --- | --- |"]
+    for (name, settings), entries in groups.items():
+        peers = [json.loads(other) for stage_name, other in groups if stage_name == name]
+        differing = [
+            f"{key} {value}" for key, value in json.loads(settings).items()
+            if any(peer.get(key) != value for peer in peers)
+        ]
+        scores = [shown(entries, key) for key in ("mIoU", "best_mIoU", "mIoU_teacher")]
+        cells = [", ".join([name, *differing]), str(len(entries)), *scores, str(entries[0]["steps"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def side_by_side(runs, stage, data, number, device):
+    """The students' predictions for the first `number` validation images: a PIL image, a row for each.
+
+    stage as in --stage, data as in --data. Raises InputError if the runs are of different data sets.
+    """
+    rows = []
+    for run in runs:
+        of_run = stage or latest_stage(run)
+        path = run / f"stage{of_run}.pt"
+        checkpoint = read_checkpoint(path, stage=of_run)
+        network, record = load_student(run / f"student_stage{of_run}.pt", device)
+        name, classes = checkpoint["args"]["dataset"], checkpoint["classes"]
+        if not rows:
+            dataset = load_dataset(name, data or checkpoint["args"]["data"])
+        if (name, classes) != (dataset.name, list(dataset.classes)):
+            raise InputError(f"{path} is of another data set, or has other classes, than {runs[0]}")
+        keys = dataset.val[:number]
+        for i, (X, label, original) in enumerate(scenes_of(dataset, keys, record["size"], device, 0)):
+            size = rows[i][0][1].shape[:2] if run != runs[0] else label.shape
+            if run == runs[0]:
+                image, truth = resize(dataset.read_image(keys[i]), original.cpu(), size)
+                truth = colour(truth.long(), record["palette"])
+                rows.append([("image", image.permute(1, 2, 0).numpy()), ("ground truth", truth)])
+            prediction = resized_argmax(network(X)[0], size)
+            rows[i].append((run.name, colour(prediction.long(), record["palette"])))
+    sheets = [sheet(panels) for panels in rows]
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height + 4 for s in sheets)), "white")
+    top = 0
+    for row in sheets:
+        whole.paste(row, (0, top))
+        top += row.height + 4
+    return whole
+
+
 def parse_args(argv=None):
     """The command line. --help tells more."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
+    add("run", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
     add("--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)")
     add("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
-    add("--figures", type=within(0), default=0, metavar="N", help="draw Fig. 5 for N unlabelled images")
+    add("--figures", type=within(0), default=0, metavar="N", help="draw Fig. 5 for N unlabelled images; of "
+        "several runs, the predictions for N validation images")
+    add("--compare", action="store_true", help="print a Markdown table of the runs' results")
     add("--predict", nargs="+", metavar="IMAGE", help="segment image files; scores nothing")
     add("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
     add("--threshold", type=within(0, 1, float), default=0.9, help="on the confidence, Table 4 (0.9)")
@@ -335,20 +427,31 @@ def parse_args(argv=None):
 
 def main(args):
     """Do what the command line asks. Raises InputError for a run or data that cannot be used."""
-    if not args.run.is_dir():
-        raise InputError(f"{args.run} is not a run's folder")
+    for folder in args.run:
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a run's folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    stage = args.stage or (2 if (args.run / "student_stage2.pt").exists() else 1)
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    network, record = load_student(args.run / f"student_stage{stage}.pt", device)
+    if args.compare:
+        return print(compare(args.run, args.stage))
+    if len(args.run) > 1:
+        if not args.figures:
+            raise InputError("several runs go with --compare, or with --figures N")
+        path = args.run[0] / "figures" / "compare.png"
+        path.parent.mkdir(exist_ok=True)
+        save_png(side_by_side(args.run, args.stage, args.data, args.figures, device), path)
+        return print(f"figure: {path}")
+    run, = args.run
+    stage = args.stage or latest_stage(run)
+    network, record = load_student(run / f"student_stage{stage}.pt", device)
     if args.predict:
         if len({Path(path).stem for path in args.predict}) < len(args.predict):
             raise InputError("--predict: two images have the same name, and so would their predictions")
         for path in args.predict:
-            print(predict(network, record, path, args.run / "predictions", device))
+            print(predict(network, record, path, run / "predictions", device))
         return
-    path = args.run / f"stage{stage}.pt"
+    path = run / f"stage{stage}.pt"
     checkpoint = read_checkpoint(path, stage=stage)
     size = record["size"]
     dataset = load_dataset(checkpoint["args"]["dataset"], args.data or checkpoint["args"]["data"])
@@ -360,7 +463,7 @@ def main(args):
     # training images that were used without their mask; it is read for measuring only
     masked = [key for key in checkpoint["unlabeled"] if key in dataset.files and dataset.has_mask(key)]
     if (args.figures or args.error_localization) and not masked:
-        raise InputError(f"none of the unlabelled images of {args.run} has a mask to measure with")
+        raise InputError(f"none of the unlabelled images of {run} has a mask to measure with")
 
     if args.error_localization:
         scenes = scenes_of(dataset, masked, size, device, args.workers)
@@ -386,14 +489,14 @@ def main(args):
         print(f"{row[0]:20}{row[1]:10.2f}{row[2]:10.2f}")
     print(f"{'mean':20}{mean_iou(matrices['resized']):10.2f}{mean_iou(matrices['original']):10.2f}")
     if args.figures:
-        folder = args.run / "figures"
+        folder = run / "figures"
         folder.mkdir(exist_ok=True)
         keys = masked[: args.figures]
         for key, (X, label, _) in zip(keys, scenes_of(dataset, keys, size, device, 0)):
             image = resize(dataset.read_image(key), None, label.shape)[0]
             save_png(fig5(network, eln, X, image, label, record["palette"]), folder / f"{key}.png")
             print(f"figure: {folder / key}.png")
-    known = read_result(args.run / "result.json")
+    known = read_result(run / "result.json")
     print("   ".join(f"{name}: student's mIoU {entry['mIoU']:.2f}" for name, entry in sorted(known.items())))
 
 

@@ -6,6 +6,8 @@ auxiliary decoders of Sec. 3.1 and ELN (eln.py) are made of the same parts.
     B images, C classes, H W image size; stride 4 means ceil(H/4) x ceil(W/4).
 """
 
+import zipfile
+
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -17,6 +19,18 @@ EMBEDDING = 128  # D, the projector's output
 
 class WeightsError(ValueError):
     """A backbone's weights cannot be had, or belong to another network. The message says which and why."""
+
+
+def load_tensors(path):
+    """What torch.save wrote to a file, on the CPU; tensors and plain values alone, no code is run.
+
+    Raises ValueError where the file's checksums show damage, which torch.load does not look at; else as it.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise ValueError(f"{path} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_backbone_weights(resnet, name, weights):
@@ -42,10 +56,10 @@ def load_backbone_weights(resnet, name, weights):
             ) from None
     else:
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            state = load_tensors(weights)
         except FileNotFoundError:
             raise WeightsError(f"weights file {weights} does not exist") from None
-        except Exception:  # damaged bytes reach torch.load's readers as errors of many kinds
+        except Exception:  # damaged bytes reach the readers as errors of many kinds
             raise WeightsError(f"weights file {weights} is damaged, or not a state dict") from None
         if not isinstance(state, dict):
             raise WeightsError(f"weights file {weights} holds a {type(state).__name__}, not a state dict")

@@ -29,8 +29,8 @@ from data import (
     DATASETS, InputError, check_files, load_dataset, make_loader, normalize, one_line, replacing,
     share_of_batch, split_ids, within,
 )
-from eln import ErrorLocalizationNetwork, eln_input
-from evaluate import fill, mean_iou, read_checkpoint, read_result, score
+from eln import ErrorLocalizationNetwork, eln_input, rejected
+from evaluate import FREE, fill, mean_iou, read_checkpoint, read_result, score
 from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, Decoder, DeepLabV3Plus, WeightsError
 
@@ -56,9 +56,6 @@ DEFAULTS = {
         contrast_pixels=1024, workers=0, save_every=200, eval_every=400, log_every=50,
     ),
 }
-# A run may be resumed with other values of these; all other options change the result.
-FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "stage1")
-
 
 AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,7 +63,7 @@ AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 class LabeledNetworks(nn.Module):
     """What Sec. 3.1 trains: the main network, K auxiliary decoders and ELN, behind one forward.
 
-    num_classes C; args: backbone, weights, eln_backbone, eln_weights, width, alphas
+    num_classes C; args: backbone, weights, eln_backbone, eln_weights, width, alphas, corrector
     auxiliary   False leaves the auxiliary decoders and ELN out
     """
 
@@ -77,10 +74,16 @@ class LabeledNetworks(nn.Module):
         self.aux_decoders, self.eln = nn.ModuleList(), None
         if auxiliary:
             self.aux_decoders.extend(Decoder(*channels, num_classes, args.width) for _ in args.alphas)
-            self.eln = ErrorLocalizationNetwork(num_classes, args.eln_backbone, args.eln_weights, args.width)
+            outputs = num_classes if args.corrector == "ecn" else 1
+            self.eln = ErrorLocalizationNetwork(
+                num_classes, args.eln_backbone, args.eln_weights, args.width, outputs
+            )
 
     def forward(self, image):
-        """X (B, 3, H, W) -> logits (B, C, H, W), aux_logits: K of the same, valid_logits: K+1 (B, H, W)."""
+        """X (B, 3, H, W) -> logits (B, C, H, W), aux_logits: K of the same, valid_logits: K+1 (B, H, W).
+
+        With the s-ECN the last are K+1 corrections, (B, C, H, W).
+        """
         low, high = self.main.encoder(image)
         logits, _ = self.main.decoder(low, high, image.shape[2:])
         if self.eln is None:
@@ -90,6 +93,14 @@ class LabeledNetworks(nn.Module):
         judged = [eln_input(image, P) for P in (logits, *aux_logits)]  # K+1 of (B, 3+C+1, H, W), detached
         valid_logits = self.eln(torch.cat(judged)).chunk(len(judged))
         return logits, aux_logits, valid_logits
+
+
+def ecn_loss(corrections, label):
+    """The s-ECN's loss (Sec. 4.3): cross-entropy of the K+1 corrected predictions, its mean over them.
+
+    corrections  list of K+1 (B, C, H, W) float; label (B, H, W) int64. Returns a scalar.
+    """
+    return torch.stack([supervised_loss(correction, label) for correction in corrections]).mean()
 
 
 def add_options(parser):
@@ -112,6 +123,7 @@ def add_options(parser):
     add("--backbone-lr", type=rate, help="of the encoders, if another than --lr (the released code: 1e-5)")
     add("--weight-decay", type=rate, default=1e-5, help="of AdamW (Sec. 4.2)")
     add("--alphas", type=rate, nargs="*", default=[20.0, 50.0], help="one per auxiliary decoder, Eq. (3)")
+    add("--corrector", choices=("eln", "ecn"), default="eln", help="ELN, or the s-ECN of Table 3 (Sec. 4.3)")
     add("--seed", type=SEED, default=0, help="of weights, order, augmentation and dropout")
     add("--amp", choices=("auto", *AMP_TYPES), default="auto",
         help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")
@@ -164,9 +176,9 @@ def parse_args(argv=None):
 
 
 def default_out(args):
-    """runs/DATASET-RATIO-SPLIT, with "/" as "_"; a list's name stands for ratio and split."""
+    """runs/DATASET-RATIO-SPLIT, with "/" as "_"; a list's name stands for ratio and split; -ecn: s-ECN."""
     subset = Path(args.labeled_list).stem if args.labeled_list else f"{args.ratio}-{args.split}"
-    return f"runs/{args.dataset}-{subset.replace('/', '_')}"
+    return f"runs/{args.dataset}-{subset.replace('/', '_')}" + ("-ecn" if args.corrector == "ecn" else "")
 
 
 def start_process(device):
@@ -316,7 +328,8 @@ def open_run(args, stage, device):
 
     Sets args.amp to what "auto" means on this device.
     Returns dataset, run, checkpoint or None; run is the part of a checkpoint that never changes: a dict of
-    stage, args, labeled and unlabeled (ids), classes. Raises InputError for bad input, or another run's checkpoint.
+    stage, args, labeled and unlabeled (ids), classes. Raises InputError for bad input, or a checkpoint of
+    another run.
     """
     args.amp = resolve_amp(args.amp, device)
     dataset = load_dataset(args.dataset, args.data)
@@ -413,12 +426,13 @@ def judgement(logits, aux_logits, valid_logits, label, world):
 
     L_aux_k/L_sup  decoder k's cross-entropy over the main one's; decoder k trains while it is above alpha^k
     wrong_k        share of wrong pixels that decoder k gives ELN (0: the main one)
-    eln_precision, eln_recall  of ELN's "wrong" among all K+1 predictions
+    eln_precision, eln_recall  of ELN's (or s-ECN's) "wrong" among all K+1 predictions
     """
     predictions = [logits, *aux_logits]
     ce = total(torch.stack([cross_entropy(P, label).sum() for P in predictions]), world)
     correct = torch.stack([correctness(P, label) for P in predictions])  # (K+1, B, H, W)
-    wrong, flagged = correct == 0, (torch.stack(list(valid_logits)) <= 0) & (correct != 255)
+    flagged = torch.stack([rejected(B, P) for B, P in zip(valid_logits, predictions)]) & (correct != 255)
+    wrong = correct == 0
     counts = [pixels.sum((1, 2, 3)).double() for pixels in (wrong, correct != 255, flagged, wrong & flagged)]
     wrong, counted, flagged, hits = total(torch.stack(counts), world)  # (K+1,) each
     precision, recall = hits.sum() / flagged.sum().clamp(min=1), hits.sum() / wrong.sum().clamp(min=1)
@@ -450,7 +464,8 @@ def write_result(out, stage, args, steps, seconds, device, **scores):
     path = out / "result.json"
     results = read_result(path)
     results[stage] = {
-        **scores, "steps": steps, "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
+        **scores, "steps": steps, "images": steps * args.batch_size * (2 if stage == "stage2" else 1),
+        "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
         "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
         "arguments": vars(args),
     }
@@ -561,7 +576,10 @@ def train(args, rank, world, device):
         loss, row = L_sup, {"L_sup": L_sup}
         if joint:
             L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
-            L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
+            if args.corrector == "eln":
+                L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
+            else:
+                L_eln = share * ecn_loss(valid_logits, label)
             loss = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
             row.update(L_aux=L_aux, L_eln=L_eln)
 

@@ -26,9 +26,9 @@ from losses import (
     unlabeled_loss,
 )
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, Watch, add_options, by_first, default_out, judgement,
-    judgement_fields, make_parser, open_run, option, parallel, parameter_groups, restore, run_script, save,
-    save_checkpoint, step_seed, student_record, total, untrained, write_result,
+    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, Watch, add_options, by_first, default_out, ecn_loss,
+    judgement, judgement_fields, make_parser, open_run, option, parallel, parameter_groups, restore,
+    run_script, save, save_checkpoint, step_seed, student_record, total, untrained, write_result,
 )
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -36,19 +36,21 @@ ROWS = 2048  # of Eq. (10)'s matrix at a time: bounds its memory, changes no val
 # Options that stage 2 may not change: they name the data and the networks of stage 1.
 FROM_STAGE1 = (
     "dataset", "ratio", "split", "labeled_list", "unlabeled_list", "backbone", "weights", "eln_backbone",
-    "eln_weights", "width", "size", "alphas",
+    "eln_weights", "width", "size", "alphas", "corrector",
 )
 
 
 class SemiSupervisedNetworks(nn.Module):
     """What Sec. 3.2 runs: student with its auxiliary networks, and teacher, behind one forward.
 
-    labeled  the LabeledNetworks of stage 1: the student is labeled.main; the teacher begins as its copy
+    labeled    the LabeledNetworks of stage 1: the student is labeled.main; the teacher begins as its copy
+    filter     which pseudo labels count: see --filter
+    threshold  of --filter threshold
     """
 
-    def __init__(self, labeled):
+    def __init__(self, labeled, filter="eln", threshold=0.9):
         super().__init__()
-        self.labeled = labeled
+        self.labeled, self.filter, self.threshold = labeled, filter, threshold
         self.teacher = copy.deepcopy(labeled.main).requires_grad_(False)
 
     def forward(self, image, image_u, image_u_strong):
@@ -62,10 +64,14 @@ class SemiSupervisedNetworks(nn.Module):
         with torch.no_grad():  # teacher and ELN label with fixed statistics, before ELN trains in this step
             logits_t, feature_t = self.teacher.eval()(image_u, embed=True)
             pseudo_label = logits_t.argmax(dim=1)
-            if eln is None:
-                valid = torch.ones_like(pseudo_label, dtype=torch.bool)
-            else:
+            valid = torch.ones_like(pseudo_label, dtype=torch.bool)
+            if self.filter == "eln":
                 valid = eln.eval()(eln_input(image_u, logits_t)) > 0  # round(sigmoid) = 1
+            elif self.filter == "ecn":
+                pseudo_label = eln.eval()(eln_input(image_u, logits_t)).argmax(dim=1)
+            elif self.filter == "threshold":
+                valid = logits_t.softmax(dim=1).amax(dim=1) > self.threshold
+            if eln is not None:
                 eln.train(self.training)
         torch.clear_autocast_cache()  # older PyTorch would reuse weights cast without gradient
         logits, aux_logits, valid_logits = self.labeled(image)
@@ -131,7 +137,7 @@ def parse_args(argv=None):
     """The command line of stage 2. Stage 1's checkpoint is read first: the defaults follow from it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--dataset", choices=DATASETS)
-    for name in ("--ratio", "--labeled-list", "--out", "--stage1"):
+    for name in ("--ratio", "--labeled-list", "--out", "--stage1", "--corrector"):
         first.add_argument(name)
     first.add_argument("--split", default=0)
     given, _ = first.parse_known_args(argv)
@@ -149,7 +155,12 @@ def parse_args(argv=None):
     add("--beta", type=within(0, 1, float), default=0.995, help="share of the teacher in Eq. (8) (Sec. 4.2)")
     add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
     add("--contrast-pixels", type=within(0), metavar="N", help="of a batch in Eq. (10); 0: every valid one")
-    add("--filter", choices=("eln", "none"), default="eln", help="pseudo labels that count: ELN's, or all")
+    add("--filter", choices=("eln", "threshold", "ecn", "none"),
+        help="which pseudo labels count (Table 3): those that ELN accepts; those of a confidence above "
+        "--threshold; all of s-ECN's corrections; all. Default: eln, or ecn if stage 1 trained that")
+    add("--threshold", type=within(0, 1, float), default=0.9, help="on the softmax, for --filter threshold")
+    add("--losses", nargs="+", choices=("pseudo", "contra"),
+        help="of unlabelled images (Table 6). Default: both; pseudo with --filter threshold")
     names = vars(parser.parse_args([])).keys() - {"out", "iters", "amp", "device"}
     inherited = {key: value for key, value in known.items() if key in names}
     parser.set_defaults(**{key: defaults[key] for key in (*names, "iters") if key in defaults})
@@ -160,8 +171,14 @@ def parse_args(argv=None):
     for key in FROM_STAGE1:
         if getattr(args, key) != known[key]:
             parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known[key]}")
+    args.filter = args.filter or args.corrector
+    usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
+    args.losses = sorted(set(args.losses or usual))
+    if args.filter in ("eln", "ecn") and (known["supervised_only"] or args.filter != args.corrector):
+        parser.error(f"--filter {args.filter} needs a stage 1 that trained it; {stage1} has none")
     args.stage1 = str(stage1)
-    args.out = args.out or str(stage1.parent)
+    variant = [args.filter] * (args.filter != args.corrector) + args.losses * (args.losses != usual)
+    args.out = args.out or "-".join([str(stage1.parent), *variant])
     return args
 
 
@@ -182,12 +199,14 @@ def train(args, rank, world, device):
         raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
 
     torch.manual_seed(args.seed)
-    labeled_nets = LabeledNetworks(len(dataset.classes), untrained(args), auxiliary=args.filter == "eln")
-    wanted = labeled_nets.state_dict().keys()  # with --filter none the main network alone
+    auxiliary = args.filter in ("eln", "ecn")  # else neither built nor trained
+    labeled_nets = LabeledNetworks(len(dataset.classes), untrained(args), auxiliary)
+    wanted = labeled_nets.state_dict().keys()
     state = {key: value for key, value in stage1["networks"].items() if key in wanted}
     fill(labeled_nets, state, args.stage1)
     del stage1, state
-    nets = SemiSupervisedNetworks(labeled_nets).to(device)
+    nets = SemiSupervisedNetworks(labeled_nets, args.filter, args.threshold).to(device)
+    nets.labeled.main.decoder.proj.requires_grad_("contra" in args.losses)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     student = nets.labeled.main
@@ -208,7 +227,7 @@ def train(args, rank, world, device):
 
     batches = zip(loader(run["labeled"], True, LABELED), loader(run["unlabeled"], False, UNLABELED))
     fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
-    if args.filter == "eln":
+    if auxiliary:
         fields += judgement_fields(len(args.alphas))
     fields += ["mIoU", "mIoU_teacher", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
     log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
@@ -243,20 +262,27 @@ def train(args, rank, world, device):
 
         L_sup = share * supervised_loss(p["logits"], label)  # Eq. (2)
         L_labeled, row = L_sup, {"L_sup": L_sup}
-        if args.filter == "eln":
+        if auxiliary:
             L_aux = share * auxiliary_loss(p["aux_logits"], p["logits"], label, args.alphas)  # Eq. (3)
-            L_eln = share * eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label)  # Eq. (6)
+            if args.filter == "eln":
+                L_eln = share * eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label)  # Eq. (6)
+            else:
+                L_eln = share * ecn_loss(p["valid_logits"], label)
             L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
             row.update(L_aux=L_aux, L_eln=L_eln)
 
-        L_pseudo = share * pseudo_label_loss(p["logits_u"], p["pseudo_label"], p["valid"])  # Eq. (9)
-
-        f, f_t, label_s, label_t, share_V = contrast_batch(p, args, step, rank, world)
-        L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
+        L_pseudo, L_contra = L_sup.new_zeros(()), L_sup.new_zeros(())
+        if "pseudo" in args.losses:
+            L_pseudo = share * pseudo_label_loss(p["logits_u"], p["pseudo_label"], p["valid"])  # Eq. (9)
+            row["L_pseudo"] = L_pseudo
+        if "contra" in args.losses:
+            f, f_t, label_s, label_t, share_V = contrast_batch(p, args, step, rank, world)
+            L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
+            row["L_contra"] = L_contra
 
         L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
         loss = L_labeled + L_unlabeled
-        row.update(L_pseudo=L_pseudo, L_contra=L_contra, accepted=share * p["valid"].float().mean())
+        row["accepted"] = share * p["valid"].float().mean()
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -272,7 +298,7 @@ def train(args, rank, world, device):
         if validate or write:
             rate = log.steps_per_second(done)
             row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
-            if args.filter == "eln":
+            if auxiliary:
                 row.update(judgement(p["logits"], p["aux_logits"], p["valid_logits"], label, world))
             if validate:
                 for name, network in (("mIoU", student), ("mIoU_teacher", nets.teacher)):

@@ -41,6 +41,20 @@ STAGE2 = "train_stage2.py --dataset folder --out run --device cpu --log-every 1 
 EVALUATE = "evaluate.py run --device cpu".split()
 EXIF_TURNS = {3: 2, 6: 1, 8: 3}  # orientation: turns of np.rot90 that make the stored from the upright array
 
+TARGETS = "image image image mask mask list list classes checkpoint checkpoint weights result name".split()
+IMAGE_KINDS = (
+    "16-bit", "RGBA", "LA", "CMYK", "1-bit", "grey", "palette with transparency", "EXIF", "1x1", "long",
+    "bomb", "large", "fraction", "EPS",
+)
+MASK_KINDS = (
+    "grey", "1-bit", "16-bit", "16-bit, large", "RGB", "RGBA", "LA", "value 3", "value 254", "other size",
+    "EXIF", "TIFF, -1",
+)
+LIST_KINDS = (
+    "CRLF", "BOM", "blank lines", "spaces", "duplicates", "pairs", "../", "absolute", "outside", "UTF-16",
+    "no line end", "unknown",
+)
+
 
 def flip_bits(content, rng):
     content = bytearray(content)
@@ -94,9 +108,7 @@ def odd_image(path, rng):
     noise = np.random.default_rng(rng.randrange(10**6))
     grey, rgb = noise.integers(0, 256, (H, W), np.uint8), noise.integers(0, 256, (H, W, 3), np.uint8)
     alpha = noise.integers(0, 256, (H, W, 1), np.uint8)
-    kind = rng.choice(
-        "16-bit|RGBA|LA|CMYK|1-bit|grey|palette with transparency|EXIF|1x1|long|bomb|large|fraction|EPS".split("|")
-    )
+    kind = rng.choice(IMAGE_KINDS)
     options = {}
     if kind == "16-bit":
         low = noise.integers(0, 256, (H, W), np.uint16)
@@ -142,9 +154,7 @@ def odd_mask(path, rng):
     """Replace a mask by one of an odd kind -> its name, and the classes that it stands for or None."""
     with Image.open(path) as old:
         label = np.asarray(old).copy()
-    kind = rng.choice(
-        "grey|1-bit|16-bit|16-bit, large|RGB|RGBA|LA|value 3|value 254|other size|EXIF|TIFF, -1".split("|")
-    )
+    kind = rng.choice(MASK_KINDS)
     stands_for, options = label, {}
     if kind == "1-bit":
         stands_for = np.uint8(label == 1)
@@ -176,9 +186,7 @@ def odd_mask(path, rng):
 def odd_list(path, rng):
     """Rewrite a list file in an odd way -> its name, and whether it still says the same, None if unknown."""
     lines = path.read_text().split()
-    kind = rng.choice(
-        "CRLF|BOM|blank lines|spaces|duplicates|pairs|../|absolute|outside|UTF-16|no line end|unknown".split("|")
-    )
+    kind = rng.choice(LIST_KINDS)
     text, same = path.read_text(), True
     if kind == "CRLF":
         text = "\r\n".join(lines)
@@ -210,7 +218,7 @@ def odd_list(path, rng):
 
 def rename(data, rng):
     """Give an image and its mask a name beyond ASCII, in the lists too."""
-    key, name = rng.choice(["t0", "t5", "v1"]), rng.choice(["größe", "猫 1".replace(" ", "_"), "фото.2"])
+    key, name = rng.choice(["t0", "t5", "v1"]), rng.choice(["größe", "猫_1", "фото.2"])
     for path in [*data.glob(f"images/{key}.*"), *data.glob(f"masks/{key}.*")]:
         path.rename(path.with_name(name + path.suffix))
     for path in data.glob("*.txt"):
@@ -221,9 +229,7 @@ def rename(data, rng):
 def mutate(work, rng):
     """Change one thing below `work` -> what it is (a dict for `judge`), and the command to try."""
     data, run = work / "datasets", work / "run"
-    what = rng.choice(
-        "image image image mask mask list list classes checkpoint checkpoint weights result name".split()
-    )
+    what = rng.choice(TARGETS)
     odd = rng.random() < 0.6
     if what not in ("checkpoint", "name"):
         (run / "stage2.pt").unlink()  # so that stage 2 has something to do
@@ -264,7 +270,8 @@ def mutate(work, rng):
         else:
             case["kind"] = damage(path, rng)
     elif what in ("list", "classes"):
-        path = data / (rng.choice(["train.txt", "val.txt", "labeled.txt"]) if what == "list" else "classes.txt")
+        names = ["classes.txt"] if what == "classes" else ["train.txt", "val.txt", "labeled.txt"]
+        path = data / rng.choice(names)
         command, case = rng.choice([NEW, STAGE2]), {"name": path.name}
         if odd:
             case["kind"], same = odd_list(path, rng)
@@ -374,7 +381,7 @@ def prepare(base):
     for command in (OLD, STAGE2):
         assert here(base, *command)[0] == 0
     network = torchvision.models.get_model("resnet18", weights=None)
-    torch.save({k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}, base / "resnet.pth")
+    torch.save(network.state_dict(), base / "resnet.pth")
     outside = base.parent / "outside"
     outside.mkdir()
     for name in ("secret.jpg", "t0.jpg", "secret.png"):

@@ -6,6 +6,7 @@ Networks are stand-ins that give known logits, but where saved networks are read
 """
 
 import argparse
+import json
 import math
 import pickle
 
@@ -17,13 +18,13 @@ from torch import nn
 
 import evaluate
 from data import Dataset, InputError, normalize, voc_palette
-from eln import eln_input
+from eln import doubt, eln_input, rejected
 from train_stage1 import LabeledNetworks, save, student_record
 
 C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
 ARGS = argparse.Namespace(
     backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=8, alphas=[20.0],
-    size=[32, 32],
+    size=[32, 32], corrector="eln",
 )
 
 
@@ -202,9 +203,9 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
                 P = [power / sum(powers) for power in powers]
                 wrong = P.index(max(P)) != truth[i, y, x]
                 errors.append(bool(wrong))
-                for name, rejected in (("ELN", valid[i, y, x] <= 0), ("confidence", max(P) <= threshold)):
+                for name, refused in (("ELN", valid[i, y, x] <= 0), ("confidence", max(P) <= threshold)):
                     rows[name][0].append(bool(wrong))
-                    rows[name][1].append(bool(rejected))
+                    rows[name][1].append(bool(refused))
                 doubts["ELN"].append(-float(valid[i, y, x]))
                 doubts["confidence"].append(-max(P))
                 doubts["entropy"].append(-sum(p * math.log(p) for p in P))
@@ -225,6 +226,59 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
             pooled = literal_rates(*(sum((image[k] for image in turned), []) for k in (0, 1)))
             assert table[name][positive]["image"] == pytest.approx(each.nanmean(0).tolist(), abs=1e-6)
             assert table[name][positive]["pooled"] == pytest.approx(pooled)
+
+
+@pytest.mark.parametrize("C", [2, 5])
+def test_the_s_ecn_rejects_and_doubts_by_its_own_class(C):
+    generator = torch.Generator().manual_seed(0)
+    logits, correction = (3 * torch.randn(2, C, 4, 5, generator=generator) for _ in range(2))
+    refused, amount = rejected(correction, logits), doubt(correction, logits)
+    for place in np.ndindex(2, 4, 5):
+        one, other = (x[place[0], :, place[1], place[2]].tolist() for x in (logits, correction))
+        c = one.index(max(one))
+        odds = math.exp(other[c]) / sum(math.exp(value) for k, value in enumerate(other) if k != c)
+        assert refused[place] == (other.index(max(other)) != c)
+        assert float(amount[place]) == pytest.approx(-math.log(odds))
+
+
+def result(folder, mIoU, stage="stage2", **arguments):
+    entry = {"mIoU": mIoU, "best_mIoU": mIoU + 1, "steps": 400, "arguments": {"lr": 0.1, **arguments}}
+    if stage == "stage2":
+        entry["mIoU_teacher"] = mIoU + 2
+    folder.mkdir(exist_ok=True)
+    path = folder / "result.json"
+    path.write_text(json.dumps({**evaluate.read_result(path), stage: entry}))
+    return folder
+
+
+def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed(tmp_path):
+    runs = [
+        result(tmp_path / "a", 30.0, split=0, seed=0, filter="eln", out="a"),
+        result(tmp_path / "b", 36.0, split=1, seed=5, filter="eln", out="b"),
+        result(tmp_path / "c", 20.5, split=0, seed=0, filter="none", out="c"),
+        result(tmp_path / "d", 10.0, "stage1", split=0, seed=0),
+    ]
+    result(tmp_path / "a", 5.0, "stage1", split=0, seed=0)
+    lines = evaluate.compare(runs).splitlines()
+    sd = f"{math.sqrt(((30 - 33) ** 2 + (36 - 33) ** 2) / (2 - 1)):.2f}"
+    assert lines[2:] == [
+        f"| stage2, filter eln | 2 | 33.00 ± {sd} | 34.00 ± {sd} | 35.00 ± {sd} | 400 |",
+        "| stage2, filter none | 1 | 20.50 | 21.50 | 22.50 | 400 |",
+        "| stage1 | 1 | 10.00 | 11.00 |  | 400 |",
+    ]
+    assert len({line.count("|") for line in lines}) == 1
+    assert evaluate.compare([runs[0], runs[3]], stage=1).splitlines()[2:] == [
+        "| stage1 | 2 | 7.50 ± 3.54 | 8.50 ± 3.54 |  | 400 |"
+    ]
+    with pytest.raises(InputError, match="b has no stage1"):
+        evaluate.compare(runs, stage=1)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"stage1": {}}', '{"stage1": 3}', "\0\0"])
+def test_a_damaged_result_is_refused(tmp_path, text):
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(InputError, match="result.json is damaged"):
+        evaluate.read_result(tmp_path / "result.json")
 
 
 class Bomb:
@@ -348,11 +402,11 @@ def test_fig5_shows_six_panels_and_rejected_pixels_white(with_eln):
     white, red, light, grey = [255] * 3, [220, 40, 40], [225] * 3, [128] * 3
     for i in range(H):
         for j in range(W):
-            p, y, rejected = int(prediction[i, j]), int(label[i, j]), bool(valid[i, j] <= 0)
+            p, y, refused = int(prediction[i, j]), int(label[i, j]), bool(valid[i, j] <= 0)
             want = [image[:, i, j].tolist(), white if y == 255 else PALETTE[y], PALETTE[p]]
             want.append(grey if y == 255 else red if p != y else light)
-            want.append(grey if y == 255 else red if rejected else light)
-            want.append(white if rejected else PALETTE[p])
+            want.append(grey if y == 255 else red if refused else light)
+            want.append(white if refused else PALETTE[p])
             assert [panel[i][j] for panel in shown] == want[:panels]
 
 

@@ -244,6 +244,88 @@ def test_torchrun_trains_both_stages(work, run_apart):
     assert {path.name for path in (work / "run").iterdir()} == RUN_FILES
 
 
+VARIANTS = [  # stage 2's options; the end of the default folder's name; the columns that are filled
+    ([], "", "L_aux L_eln L_pseudo L_contra"),
+    (["--filter", "threshold", "--threshold", "0.34"], "-threshold", "L_pseudo"),
+    ("--filter threshold --losses pseudo contra".split(), "-threshold-contra-pseudo", "L_pseudo L_contra"),
+    (["--filter", "none"], "-none", "L_pseudo L_contra"),
+    (["--losses", "pseudo"], "-pseudo", "L_aux L_eln L_pseudo"),
+    (["--losses", "contra"], "-contra", "L_aux L_eln L_contra"),
+]
+
+
+@pytest.mark.parametrize("options, end, terms", VARIANTS, ids=[end for _, end, _ in VARIANTS])
+def test_each_variant_of_stage_2_trains_what_it_needs(folder_run, work, options, end, terms):
+    link(folder_run / "run", work / "run", "stage1.pt")
+    command = "train_stage2.py --dataset folder --stage1 run/stage1.pt --iters 2 --device cpu".split()
+    finishes(work, *command, *options)
+    out = work / f"run{end}"
+    row, checkpoint = rows(out / "log_stage2.csv")[-1], load(out / "stage2.pt")
+    filled = {name for name, value in row.items() if name.startswith("L_") and "/" not in name and value}
+    assert filled == {"L_sup", *terms.split()}
+    names = {name.removeprefix("labeled.").split(".")[0] for name in checkpoint["networks"]}
+    assert names == {"main", "teacher"} | ({"aux_decoders", "eln"} if "L_aux" in terms else set())
+    trained = {
+        name for name in checkpoint["networks"] if name.startswith("labeled.")
+        and name.endswith(("weight", "bias")) and ("main.decoder.proj" not in name or "L_contra" in terms)
+    }
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert sum(len(group["params"]) for group in groups) == len(trained)
+
+
+def test_the_s_ecn_of_both_stages(folder_run, work):
+    options = "--corrector ecn --out ecn --pretrain-iters 1 --eln-iters 2".split()
+    finishes(work, *STAGE1, *LISTED, *options)
+    L_ecn = [float(row["L_eln"]) for row in rows(work / "ecn/log_stage1.csv")[1:]]
+    assert all(value > 0.5 for value in L_ecn)  # about log 3: Eq. (6) would be far less
+    assert load(work / "ecn/stage1.pt")["networks"]["eln.decoder.seg.2.weight"].shape[0] == 3
+    stage2 = "train_stage2.py --dataset folder --stage1 ecn/stage1.pt --iters 2 --device cpu".split()
+    refused(work, *stage2, "--filter", "eln", says="--filter eln ecn/stage1.pt")
+    refused(work, *NEW2, folder_run / "run/stage1.pt", "--filter", "ecn", says="--filter ecn run/stage1.pt")
+    finishes(work, *stage2)
+    assert float(rows(work / "ecn/log_stage2.csv")[-1]["accepted"]) == 1  # every correction counts
+    out = finishes(work, "evaluate.py", "ecn", "--error-localization")
+    assert "s-ECN       error     pooled" in out and "2 unlabelled images" in out
+    assert len(finishes(work, "evaluate.py", "ecn", "--figures", 1).split("figure: ")) == 2
+
+
+def test_a_supervised_run_begins_stage_2_without_eln_alone(work):
+    supervised = [*FOLDER, *LISTED, *"--supervised-only --iters 2 --out supervised".split()]
+    finishes(work, "train_stage1.py", *supervised)
+    stage2 = "train_stage2.py --dataset folder --stage1 supervised/stage1.pt --iters 1 --device cpu".split()
+    refused(work, *stage2, says="--filter eln supervised/stage1.pt")
+    finishes(work, *stage2, "--filter", "threshold")
+
+
+def test_several_runs_are_compared_and_shown_side_by_side(folder_run, shapes_run, work):
+    link(folder_run / "run", work / "again")
+    out = finishes(work, "evaluate.py", folder_run / "run", "again", "--compare")
+    assert out.count("\n") == 3 and "| stage2 | 2 |" in out
+    refused(work, "evaluate.py", folder_run / "run", "again", says="--compare --figures")
+    finishes(work, "evaluate.py", "again", folder_run / "run", "--figures", 2)
+    with Image.open(work / "again/figures/compare.png") as image:
+        assert image.size == (4 * (4 * 48 + 4) - 4, 2 * (4 * 48 + 14 + 4))  # image, truth, two runs; two rows
+        panels = np.asarray(image)[14 : 14 + 192, 2 * 196 : 4 * 196]
+        assert np.array_equal(panels[:, :192], panels[:, 196 : 196 + 192])  # the same run twice
+    path = str(shapes_run / "stage2.pt")
+    refused(work, "evaluate.py", "again", shapes_run, "--figures", 1, says=f"{path} another data set")
+
+
+@pytest.mark.parametrize("threshold", [0.34, 0.5])
+def test_filters_by_confidence_and_by_correction(networks, threshold):
+    nets, (image, image_u, strong) = copy.deepcopy(networks[0]), networks[1]
+    with torch.no_grad():
+        P = copy.deepcopy(nets.teacher).eval()(image_u)[0].softmax(1)
+    nets.filter, nets.threshold = "threshold", threshold
+    p = nets(image, image_u, strong)
+    assert torch.equal(p["valid"], P.amax(1) > threshold) and torch.equal(p["pseudo_label"], P.argmax(1))
+    nets.filter = "ecn"
+    correction = torch.randn(2, 3, 48, 48)
+    nets.labeled.eln.forward = lambda x: correction if len(x) == 2 else torch.zeros(len(x), 48, 48)
+    p = nets(image, image_u, strong)
+    assert torch.equal(p["pseudo_label"], correction.argmax(1)) and p["valid"].all()
+
+
 def test_more_processes_than_images_are_refused(work, monkeypatch, capsys):
     monkeypatch.setattr(train_stage1, "start_process", lambda device: (0, 3, torch.device("cpu")))
     monkeypatch.setattr(sys, "argv", ["train_stage1.py", "--out", str(work / "run"), "--batch-size", "2"])
@@ -303,7 +385,7 @@ def test_contrast_labels_draws_valid_pixels_however_the_batch_is_split(pixels, s
 def networks():
     """SemiSupervisedNetworks, the teacher apart from the student, and three batches of two images."""
     torch.manual_seed(0)
-    args = Namespace(backbone="resnet18", weights="none", width=8, alphas=[0, 0])
+    args = Namespace(backbone="resnet18", weights="none", width=8, alphas=[0, 0], corrector="eln")
     args.eln_backbone, args.eln_weights = args.backbone, args.weights
     nets = train_stage2.SemiSupervisedNetworks(train_stage1.LabeledNetworks(3, args))
     for parameter in nets.teacher.parameters():
