@@ -59,7 +59,7 @@ def read_result(path):
         for entry in results.values():
             float(entry["mIoU"]), float(entry["best_mIoU"]), entry["arguments"].items(), entry["steps"]
         return results
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path} is damaged: move it away") from None
 
 
@@ -506,3 +506,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"evaluate.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

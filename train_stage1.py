@@ -8,6 +8,7 @@ resumes an interrupted run. --supervised-only is L_sup alone for --iters steps: 
 """
 
 import argparse
+import contextlib
 import csv
 import io
 import json
@@ -247,25 +248,27 @@ class Stopped(Exception):
 class Watch:
     """Looks at each step before the optimizer takes it: is all finite, and has somebody asked to stop?
 
-    skipped  steps that float16's scaler left out so far, because their gradient overflowed
+    skipped  steps that float16's scaler left out, because their gradient overflowed: so far, and in a row
     stop     whether any process has been asked to stop, by SIGTERM or SIGINT (Ctrl-C); set by `look`
     """
 
     def __init__(self, rank, skipped):
-        self.rank, self.skipped, self.in_a_row, self.stop, self.signal = rank, skipped, 0, False, 0
+        self.rank, self.skipped, self.stop, self.signal = rank, list(skipped), False, 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         """The signal handler. Under torchrun further signals follow the first: they change nothing."""
         if self.rank == 0 and not self.signal:
-            os.write(2, b"\nstopping after this step\n")  # print() may not be entered twice
-        self.signal = number
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads stderr
+                os.write(2, b"\nstopping after this step\n")  # print() may not be entered twice
+        self.signal = self.signal or number
 
     def look(self, step, row, optimizer, scaler, world):
         """The step's losses, {name: scalar tensor}, as numbers, averaged over processes.
 
-        The one time in a step that the host waits for a GPU (with float16, scaler.step waits once more).
+        The one time in a step that the host waits for a GPU. PyTorch waits by itself in SyncBatchNorm, in
+        scaler.step with float16, and where train_stage2.contrast_labels copies its random numbers.
         Raises Stopped if a loss is not finite, or the gradient; with float16, SKIPS gradients in a row.
         """
         gradient = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -279,9 +282,9 @@ class Watch:
             wrong = [f"the gradient's norm is {norm}"]
         if wrong:
             raise Stopped(f"step {step + 1}: {', '.join(wrong)}; a smaller --lr or --amp off may help")
-        self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
-        self.skipped += not math.isfinite(norm)
-        if self.in_a_row == SKIPS:
+        overflow = not math.isfinite(norm)
+        self.skipped = [self.skipped[0] + overflow, self.skipped[1] + 1 if overflow else 0]
+        if self.skipped[1] == SKIPS:
             raise Stopped(f"step {step + 1}: {SKIPS} gradients in a row overflowed float16; try --amp off")
         return row
 
@@ -342,11 +345,12 @@ def open_run(args, stage, device):
     if path.exists():
         needed = (*run, "step", "seconds", "best", "skipped", "networks", "optimizer", "scaler")
         checkpoint = read_checkpoint(path, needed, stage)
-        for key, value in checkpoint["args"].items():
-            if key not in FREE and run["args"].get(key) != value:
+        for key in {**run["args"], **checkpoint["args"]}:
+            here, there = run["args"].get(key), checkpoint["args"].get(key)
+            if key not in FREE and here != there:
                 raise InputError(
-                    f"{path} was made with {option(key)} {value}, but this command has "
-                    f"{run['args'].get(key)}: give the same arguments to go on, or another --out"
+                    f"{path} was made with {option(key)} {there}, but this command has {here}: give the same "
+                    "arguments to go on, or another --out"
                 )
         for key in ("labeled", "unlabeled", "classes"):
             if checkpoint[key] != run[key]:
@@ -360,6 +364,14 @@ def restore(path, checkpoint, nets, optimizer, scaler):
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["seconds"], checkpoint["skipped"], checkpoint["best"]
+
+
+def say(text, stream, end="\n"):
+    """print() to stdout or stderr; that nobody reads it (Ctrl-C ends `tee` too) is no reason to stop."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Log:
@@ -388,7 +400,7 @@ class Log:
                 file.write(text.getvalue().encode())
         except OSError as error:
             raise InputError(f"--out {self.path.parent} cannot be written to ({error})") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, csv.Error):
             raise InputError(f"{self.path} is not the log of this run: move it away") from None
 
     def steps_per_second(self, step):
@@ -411,7 +423,7 @@ class Log:
     def show(self, line, renew=False):
         if self.rank == 0:
             terminal = sys.stdout.isatty()
-            print("\r\033[K" + line if terminal else line, end="" if terminal and renew else "\n", flush=True)
+            say("\r\033[K" + line if terminal else line, sys.stdout, "" if terminal and renew else "\n")
 
 
 def judgement_fields(K):
@@ -436,8 +448,8 @@ def judgement(logits, aux_logits, valid_logits, label, world):
     counts = [pixels.sum((1, 2, 3)).double() for pixels in (wrong, correct != 255, flagged, wrong & flagged)]
     wrong, counted, flagged, hits = total(torch.stack(counts), world)  # (K+1,) each
     precision, recall = hits.sum() / flagged.sum().clamp(min=1), hits.sum() / wrong.sum().clamp(min=1)
-    values = [*(ce[1:] / ce[0]), *(wrong / counted.clamp(min=1)), precision, recall]
-    return dict(zip(judgement_fields(len(aux_logits)), map(float, values)))
+    values = torch.stack([*(ce[1:] / ce[0]), *(wrong / counted.clamp(min=1)), precision, recall])
+    return dict(zip(judgement_fields(len(aux_logits)), values.tolist()))
 
 
 def student_record(network, dataset, args):
@@ -450,12 +462,19 @@ def student_record(network, dataset, args):
 
 
 def save_checkpoint(path, state, nets, optimizer, scaler):
-    """The dict `state`, and all that training goes on from. Raises Stopped if a network is not finite."""
-    broken = [name for name, value in nets.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise Stopped(f"{broken[0]} is not finite after step {state['step']}; a smaller --lr may help")
+    """The dict `state`, and all that training goes on from. Raises OSError."""
     parts = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
     save({**state, **{name: part.state_dict() for name, part in parts.items()}}, path)
+
+
+def check_finite(nets, optimizer, done):
+    """Raises Stopped if a number is not, in networks or optimizer: it must not reach a checkpoint."""
+    state = nets.state_dict()
+    for number, moments in optimizer.state_dict()["state"].items():
+        state.update({f"the optimizer's {name} {number}": value for name, value in moments.items()})
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
+    if broken:
+        raise Stopped(f"{broken[0]} is not finite after step {done}; a smaller --lr may help")
 
 
 def write_result(out, stage, args, steps, seconds, device, **scores):
@@ -478,26 +497,26 @@ def run_script(name, parse, train):
 
     2: the input cannot be used; 1: see Stopped; 130, 143: asked to stop, by Ctrl-C or SIGTERM.
     """
-    line, code = "", 0
+    code = 0
     try:
         args = parse()
         rank, world, device = start_process(args.device)
         if world > args.batch_size:
             raise InputError(f"--batch-size {args.batch_size} is too small for {world} processes")
         train(args, rank, world, device)
-    except (InputError, WeightsError) as error:
+    except (InputError, WeightsError, OSError) as error:
         line, code = one_line(error), 2
     except Stopped as stop:
         line, code = str(stop) if rank == 0 else "", stop.code  # all processes stop; the first one says it
     except KeyboardInterrupt:
         line, code = "interrupted", 130
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it when another process has ended
+    if code and line:
+        say(f"{name}: {line}", sys.stderr)
     if dist.is_initialized() and code != 2:  # bad input may be one process's alone: it cannot wait for others
         dist.destroy_process_group()
-    if line:
-        print(f"{name}: {line}", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if code:
         sys.exit(code)
 
@@ -508,7 +527,7 @@ def train(args, rank, world, device):
     path = out / "stage1.pt"
     dataset, run, checkpoint = open_run(args, STAGE, device)
     start = checkpoint["step"] if checkpoint else 0
-    if start == steps:
+    if start >= steps:
         return print(f"{path} is finished ({steps} steps)") if rank == 0 else None
     check_files(dataset, run["labeled"], run["unlabeled"], args.size)
 
@@ -523,7 +542,7 @@ def train(args, rank, world, device):
     optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    seconds, skipped, best = 0.0, 0, 0.0
+    seconds, skipped, best = 0.0, (0, 0), 0.0
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
@@ -546,10 +565,11 @@ def train(args, rank, world, device):
 
     def store(done, scores):
         """Write the checkpoint, and before it, with the last step's scores, what else a run leaves."""
+        check_finite(nets, optimizer, done)
         seconds = time.monotonic() - began
         if scores:
             save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
-            write_result(out, "stage1", args, done, seconds, device, skipped=watch.skipped, **scores)
+            write_result(out, "stage1", args, done, seconds, device, skipped=watch.skipped[0], **scores)
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
@@ -603,7 +623,7 @@ def train(args, rank, world, device):
                 scores["mIoU"] = row["mIoU"] = mean_iou(matrices["resized"])
                 best = scores["best_mIoU"] = max(best, scores["mIoU"])
             if scaler.is_enabled():
-                row["skipped"] = watch.skipped
+                row["skipped"] = watch.skipped[0]
             by_first(rank, world, device, log.write, done, row)
         if done % args.save_every == 0 or last or watch.stop:
             by_first(rank, world, device, store, done, last and scores)

@@ -3,8 +3,9 @@
     python train_stage2.py                                                   # after train_stage1.py
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
-It begins with the networks of --stage1 (default: the run's folder), and takes from there every option that is
-not given (but --amp). The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
+It begins with the networks of --stage1 (default: the run's folder), and takes from there what the options do
+not say about data, networks and training. The teacher labels, ELN rejects, the student learns from perturbed
+and labelled images.
 """
 
 import argparse
@@ -26,9 +27,10 @@ from losses import (
     unlabeled_loss,
 )
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, LabeledNetworks, Log, Watch, add_options, by_first, default_out, ecn_loss,
-    judgement, judgement_fields, make_parser, open_run, option, parallel, parameter_groups, restore,
-    run_script, save, save_checkpoint, step_seed, student_record, total, untrained, write_result,
+    AMP_TYPES, DEFAULTS, LABELED, SEED, LabeledNetworks, Log, Watch, add_options, by_first, check_finite,
+    default_out, ecn_loss, judgement, judgement_fields, make_parser, open_run, option, parallel,
+    parameter_groups, restore, run_script, save, save_checkpoint, step_seed, student_record, total, untrained,
+    write_result,
 )
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -139,7 +141,7 @@ def parse_args(argv=None):
     first.add_argument("--dataset", choices=DATASETS)
     for name in ("--ratio", "--labeled-list", "--out", "--stage1", "--corrector"):
         first.add_argument(name)
-    first.add_argument("--split", default=0)
+    first.add_argument("--split", type=SEED, default=0)
     given, _ = first.parse_known_args(argv)
     given.dataset = given.dataset or "shapes"
     given.ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
@@ -169,8 +171,8 @@ def parse_args(argv=None):
     if not known:
         parser.error(f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint (--stage1)")
     for key in FROM_STAGE1:
-        if getattr(args, key) != known[key]:
-            parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known[key]}")
+        if getattr(args, key) != known.get(key):
+            parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known.get(key)}")
     args.filter = args.filter or args.corrector
     usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
     args.losses = sorted(set(args.losses or usual))
@@ -187,7 +189,7 @@ def train(args, rank, world, device):
     out, path = Path(args.out), Path(args.out) / "stage2.pt"
     dataset, run, checkpoint = open_run(args, STAGE, device)
     start = checkpoint["step"] if checkpoint else 0
-    if start == args.iters:
+    if start >= args.iters:
         return print(f"{path} is finished ({args.iters} steps)") if rank == 0 else None
     if not run["unlabeled"]:
         raise InputError("there is no unlabelled image: every training image is labelled")
@@ -214,7 +216,7 @@ def train(args, rank, world, device):
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    seconds, skipped, best = 0.0, 0, 0.0
+    seconds, skipped, best = 0.0, (0, 0), 0.0
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
@@ -240,10 +242,11 @@ def train(args, rank, world, device):
 
     def store(done, scores):
         """Write the checkpoint, and before it, with the last step's scores, what else a run leaves."""
+        check_finite(nets, optimizer, done)
         seconds = time.monotonic() - began
         if scores:
             save(student_record(student, dataset, args), out / "student_stage2.pt")
-            write_result(out, "stage2", args, done, seconds, device, skipped=watch.skipped, **scores)
+            write_result(out, "stage2", args, done, seconds, device, skipped=watch.skipped[0], **scores)
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
@@ -306,7 +309,7 @@ def train(args, rank, world, device):
                     scores[name] = row[name] = mean_iou(matrices["resized"])
                 best = scores["best_mIoU"] = max(best, scores["mIoU"])
             if scaler.is_enabled():
-                row["skipped"] = watch.skipped
+                row["skipped"] = watch.skipped[0]
             by_first(rank, world, device, log.write, done, row)
         if done % args.save_every == 0 or last or watch.stop:
             by_first(rank, world, device, store, done, last and scores)

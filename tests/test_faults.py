@@ -103,11 +103,11 @@ def wait_for_steps(process, run, number):
 
 
 @contextlib.contextmanager
-def launched(cwd, *command):
+def launched(cwd, *command, stdout=subprocess.DEVNULL):
     """Python with these arguments, in a session of its own; what is left of it is killed."""
     process = subprocess.Popen(
         [sys.executable, *map(str, command)], cwd=cwd, text=True, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        stdout=stdout, stderr=subprocess.PIPE,
         env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # see README, GPUs
     )
     try:
@@ -181,6 +181,19 @@ def test_asked_to_stop_a_run_saves_the_step_and_says_how_to_go_on(undisturbed, w
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler  # as before the run
     assert here(work, *command)[0] == 0
     same_run(work / "run", undisturbed / "run", stage)
+
+
+def test_ctrl_c_that_ends_the_readers_too_saves_the_step(work):
+    """As under `2>&1 | tee log`: tee is gone when the script says what it does."""
+    script, *options = STAGE1
+    command = [*options, "--pretrain-iters", 999, "--save-every", 999]
+    with launched(work, ROOT / script, *command, stdout=subprocess.PIPE) as process:
+        wait_for_steps(process, work / "run", 2)
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert load(work / "run/stage1.pt")["step"] >= 2
 
 
 def test_asked_to_stop_in_the_last_step_a_run_ends_well(undisturbed, work, stage):
@@ -275,6 +288,26 @@ def test_diverging_run_saves_nothing_that_is_not_finite(work, stage):
     assert not path.exists() or finite(path)
 
 
+def test_statistics_that_are_not_finite_reach_no_file(work, stage):
+    stage, command = stage
+
+    def ruin(value):
+        """Some BatchNorm's variance overflows; losses and gradients stay finite."""
+        frame = sys._getframe()
+        while "nets" not in frame.f_locals:
+            frame = frame.f_back
+        buffers = frame.f_locals["nets"].named_buffers()
+        next(buffer for name, buffer in buffers if "running_var" in name).data.fill_(math.inf)
+        return value
+
+    last = 8 if stage == 1 else 4
+    with at_step(last, ruin):
+        code, _, err = here(work, *command)
+    assert code == 1 and f"running_var is not finite after step {last}" in err and err.count("\n") == 1
+    assert load(work / f"run/stage{stage}.pt")["step"] in (3, 6) and finite(work / f"run/stage{stage}.pt")
+    assert not (work / f"run/student_stage{stage}.pt").exists() and not (work / "run/result.json").exists()
+
+
 def test_float16_counts_skipped_steps(work, stage):
     stage, command = stage
     with at_step(2, broken_gradient):
@@ -282,7 +315,7 @@ def test_float16_counts_skipped_steps(work, stage):
         assert here(work, *command, *few, "--amp", "float16")[0] == 0
     log, checkpoint = rows(work / f"run/log_stage{stage}.csv"), load(work / f"run/stage{stage}.pt")
     assert [row["skipped"] for row in log] == ["0", "1", "1"]
-    assert checkpoint["skipped"] == 1 and checkpoint["scaler"]["scale"] == 65536 / 2
+    assert checkpoint["skipped"] == [1, 0] and checkpoint["scaler"]["scale"] == 65536 / 2
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {2}
     assert finite(work / f"run/stage{stage}.pt")
 
@@ -297,7 +330,7 @@ def test_float16_stops_when_every_gradient_overflows(undisturbed, work):
         code, _, err = here(work, *command)
     assert code == 1 and ": step 2: 2 gradients in a row" in err and err.count("\n") == 1
     checkpoint = load(work / "run/stage2.pt")
-    assert (checkpoint["step"], checkpoint["skipped"]) == (1, 1) and finite(work / "run/stage2.pt")
+    assert (checkpoint["step"], checkpoint["skipped"]) == (1, [1, 1]) and finite(work / "run/stage2.pt")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -282,7 +282,7 @@ def test_aspp_image_branch_trains_on_one_image():
 
 def arguments(**changes):
     values = dict(backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=16,
-                  alphas=[20.0, 50.0], lr=1e-4, backbone_lr=None)
+                  corrector="eln", alphas=[20.0, 50.0], lr=1e-4, backbone_lr=None)
     return argparse.Namespace(**{**values, **changes})
 
 
