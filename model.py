@@ -6,6 +6,7 @@ auxiliary decoders of Sec. 3.1 and ELN (eln.py) are made of the same parts.
     B images, C classes, H W image size; stride 4 means ceil(H/4) x ceil(W/4).
 """
 
+import warnings
 import zipfile
 
 import torch
@@ -30,7 +31,9 @@ def load_tensors(path):
         with zipfile.ZipFile(path) as file:
             if file.testzip() is not None:
                 raise ValueError(f"{path} is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of noise torch.load suspects a newer format, before it fails
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_backbone_weights(resnet, name, weights):
