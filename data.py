@@ -533,7 +533,7 @@ def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, ra
         batch_sampler=IndexStream(len(ids), batch_size, stream, start, stop, rank, world),
         num_workers=workers,
         worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # not for training on a CPU beside an unused GPU
     )
 
 
