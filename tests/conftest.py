@@ -21,8 +21,10 @@ from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the scripts of this folder; pytest finds the root by itself
+from data import end_loaders  # noqa: E402
 from train_stage1 import FREE  # noqa: E402
 
+NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
 
 
@@ -86,6 +88,7 @@ def here(cwd, script, *options):
         return stop.code or 0, out.getvalue(), err.getvalue()
     finally:
         os.chdir(before)
+        end_loaders()  # else those of a failed run are waited for, for seconds
 
 
 def free_port():

@@ -27,14 +27,13 @@ import torch
 import torchvision
 from PIL import Image
 
-from conftest import TINY, here, leaves, load, make_folder
+from conftest import NO_WEIGHTS, TINY, here, leaves, load, make_folder
 from data import load_dataset
 
 fork = multiprocessing.get_context("fork")
 SECONDS, GIB = 120, 4  # what a process may take
-NETWORKS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 LISTED = "--labeled-list datasets/labeled.txt".split()
-STAGE1 = ["train_stage1.py", "--dataset", "folder", *NETWORKS, *TINY, *LISTED]
+STAGE1 = ["train_stage1.py", "--dataset", "folder", *NO_WEIGHTS, *TINY, *LISTED]
 NEW = [*STAGE1, *"--out new --pretrain-iters 1 --eln-iters 0".split()]
 OLD = [*STAGE1, *"--out run --pretrain-iters 1 --eln-iters 1".split()]
 STAGE2 = "train_stage2.py --dataset folder --out run --device cpu --log-every 1 --iters 2".split()

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TINY, free_port, load
+from conftest import NO_WEIGHTS, TINY, free_port, load
 from data import IndexStream
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 WORLDS = (1, 2, 3)
 
 # float64, BatchNorm on fixed statistics, no dropout: the last two differ between one process and several. A

@@ -24,14 +24,14 @@ import pytest
 import torch
 from PIL import Image
 
+import kill_runs
 import losses
 import train_stage1
 import train_stage2
-from conftest import TINY, here, leaves, load, rows, same_run
+from conftest import NO_WEIGHTS, TINY, here, leaves, load, rows, same_run
 from data import share_of_batch
 
 ROOT = Path(train_stage1.__file__).resolve().parent
-NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY]
 LISTED = "--labeled-list datasets/labeled.txt".split()
 STAGE1 = ["train_stage1.py", *FOLDER, *"--out run --pretrain-iters 4 --eln-iters 3".split()]
@@ -83,6 +83,20 @@ def space(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs")
     yield path
     shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def killed_runs(tmp_path_factory):
+    """Results to come of runs that are killed: they take long, and another core than the tests meanwhile."""
+
+    def kill_once(stage, workers):
+        folder = tmp_path_factory.mktemp(f"killed{stage}") / "runs"
+        kill_runs.prepare(folder, stage)
+        kill_runs.survive(folder, stage, workers, kills=1)
+        shutil.rmtree(folder)
+
+    with ThreadPoolExecutor(1) as pool:
+        yield [pool.submit(kill_once, *one) for one in ((1, 2), (2, 0))]
 
 
 @pytest.fixture(scope="module")
@@ -645,3 +659,9 @@ def test_the_papers_settings_are_the_defaults():
 def test_stage_2_takes_the_defaults_of_its_stage_1s_data_set(folder_run):
     args = train_stage2.parse_args(["--stage1", str(folder_run / "run/stage1.pt")])
     assert (args.dataset, args.iters, args.contrast_pixels) == ("folder", 101080, 4096)
+
+
+@pytest.mark.parametrize("number", [0, 1], ids=["stage 1", "stage 2"])
+def test_killed_runs_end_as_undisturbed_ones(killed_runs, number):
+    """One kill each; `python tests/kill_runs.py` makes more."""
+    killed_runs[number].result()
