@@ -29,7 +29,8 @@ from conftest import (
 
 FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY, "--labeled-list", "datasets/labeled.txt"]
 STAGE1 = ["train_stage1.py", *FOLDER, *"--out run --pretrain-iters 4 --eln-iters 4 --save-every 3".split()]
-STAGE2 = "train_stage2.py --dataset folder --out run --iters 4 --log-every 1 --save-every 3 --device cpu".split()
+STAGE2 = "train_stage2.py --dataset folder --out run --iters 4 --device cpu".split()
+STAGE2 += "--log-every 1 --save-every 3".split()
 
 
 @pytest.fixture(scope="module", autouse=True)
