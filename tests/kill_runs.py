@@ -1,6 +1,6 @@
 """Kill training at random moments, start it again, and compare its end with that of a run left alone.
 
-    python tests/kill_runs.py --kills 20      (from the root; 12 minutes on two cores)
+    python tests/kill_runs.py --kills 5      (from the root; 5 minutes on two busy cores)
 
 Each stage, with each number of loader processes, is killed that often, by SIGKILL: every second time while a
 file is being written, else anywhere between start and end. All bytes of all tensors must agree in the end.

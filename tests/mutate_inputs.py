@@ -1,6 +1,6 @@
 """Give the scripts damaged and odd input: each file is either used rightly, or refused in one line.
 
-    python tests/mutate_inputs.py --count 500      (from the root; 15 minutes on two cores)
+    python tests/mutate_inputs.py --count 500      (from the root; 6 minutes on two busy cores)
 
 Each mutation of an image, mask, list, classes.txt, checkpoint or weights file is drawn from a seed and tried
 in a process of its own, which reports exit code, messages, memory and opened files. See `judge`.
