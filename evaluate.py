@@ -84,7 +84,7 @@ def load_student(path, device="cpu"):
         raise InputError(f"{path} holds a network with the backbone {record['backbone']}, unknown here")
     network = DeepLabV3Plus(len(record["classes"]), record["backbone"], "none", record["width"])
     fill(network, record.pop("network"), path)
-    return network.to(device).eval(), record
+    return network.to(device, memory_format=torch.channels_last).eval(), record
 
 
 def load_eln(path, checkpoint, device="cpu"):
@@ -97,7 +97,7 @@ def load_eln(path, checkpoint, device="cpu"):
     outputs = C if args["corrector"] == "ecn" else 1
     eln = ErrorLocalizationNetwork(C, args["eln_backbone"], "none", args["width"], outputs)
     fill(eln, state, path)
-    return eln.to(device).eval()
+    return eln.to(device, memory_format=torch.channels_last).eval()
 
 
 class Scenes(torch.utils.data.Dataset):
@@ -340,7 +340,7 @@ def compare(runs, stage=None):
     """A Markdown table from result.json; runs that differ in split, seed and FREE options alone are one row.
 
     A row is named by the options in which it differs from the others of its stage. mIoU in percent: mean and
-    standard deviation (n - 1) of the last step's student, of the best step's, of the last step's teacher.
+    standard deviation (n - 1) of the student and of the teacher, each at the last and at its best step.
     Raises InputError for a run without a result.
     """
     groups = {}
@@ -358,14 +358,14 @@ def compare(runs, stage=None):
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{deviation}" if values else ""
 
-    lines = ["| run | number | mIoU | best | teacher | steps |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| run | number | mIoU | best | teacher | best | steps |", "| --- " * 7 + "|"]
     for (name, settings), entries in groups.items():
         peers = [json.loads(other) for stage_name, other in groups if stage_name == name]
         differing = [
             f"{key} {value}" for key, value in json.loads(settings).items()
             if any(peer.get(key) != value for peer in peers)
         ]
-        scores = [shown(entries, key) for key in ("mIoU", "best_mIoU", "mIoU_teacher")]
+        scores = [shown(entries, key) for key in ("mIoU", "best_mIoU", "mIoU_teacher", "best_mIoU_teacher")]
         cells = [", ".join([name, *differing]), str(len(entries)), *scores, str(entries[0]["steps"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

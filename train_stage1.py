@@ -359,7 +359,7 @@ def open_run(args, stage, device):
 
 
 def restore(path, checkpoint, nets, optimizer, scaler):
-    """Put a checkpoint back. Returns the seconds and skipped steps behind it, and the best mIoU so far."""
+    """Put a checkpoint back. Returns the seconds and skipped steps behind it, and the best mIoUs so far."""
     fill(nets, checkpoint["networks"], path)
     optimizer.load_state_dict(checkpoint["optimizer"])
     scaler.load_state_dict(checkpoint["scaler"])
@@ -477,14 +477,26 @@ def check_finite(nets, optimizer, done):
         raise Stopped(f"{broken[0]} is not finite after step {done}; a smaller --lr may help")
 
 
-def write_result(out, stage, args, steps, seconds, device, **scores):
-    """Set result.json's entry `stage`, leaving the others."""
-    memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
+def peak_memory(device):
+    """GiB at most so far: the tensors on a GPU, or else the whole process; None where that cannot be told."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+
+
+def write_result(out, stage, args, steps, seconds, device, skipped, scores, best):
+    """Set result.json's entry `stage`, leaving the others. scores, best: {name: mIoU}, last step and best."""
     path = out / "result.json"
     results = read_result(path)
     results[stage] = {
-        **scores, "steps": steps, "images": steps * args.batch_size * (2 if stage == "stage2" else 1),
-        "seconds": round(seconds, 1), "peak_gpu_memory_gib": memory,
+        **scores, **{f"best_{name}": value for name, value in best.items()}, "skipped": skipped,
+        "steps": steps, "images": steps * args.batch_size * (2 if stage == "stage2" else 1),
+        "seconds": round(seconds, 1), "peak_memory_gib": peak_memory(device),
         "device": device.type, "torch": torch.__version__, "torchvision": torchvision.__version__,
         "arguments": vars(args),
     }
@@ -533,7 +545,8 @@ def train(args, rank, world, device):
 
     torch.manual_seed(args.seed)
     begin = untrained(args) if checkpoint else args
-    nets = LabeledNetworks(len(dataset.classes), begin, auxiliary=not args.supervised_only).to(device)
+    nets = LabeledNetworks(len(dataset.classes), begin, auxiliary=not args.supervised_only)
+    nets = nets.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     nets.main.decoder.proj.requires_grad_(False)  # nothing in stage 1 gives it a gradient
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
@@ -542,7 +555,7 @@ def train(args, rank, world, device):
     optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-    seconds, skipped, best = 0.0, (0, 0), 0.0
+    seconds, skipped, best = 0.0, (0, 0), {}
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
@@ -569,7 +582,7 @@ def train(args, rank, world, device):
         seconds = time.monotonic() - began
         if scores:
             save(student_record(nets.main, dataset, args), out / "student_stage1.pt")
-            write_result(out, "stage1", args, done, seconds, device, skipped=watch.skipped[0], **scores)
+            write_result(out, "stage1", args, done, seconds, device, watch.skipped[0], scores, best)
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
@@ -621,7 +634,7 @@ def train(args, rank, world, device):
             if validate:
                 matrices = score(nets.main, dataset, args.size, device, rank, world, args.workers)
                 scores["mIoU"] = row["mIoU"] = mean_iou(matrices["resized"])
-                best = scores["best_mIoU"] = max(best, scores["mIoU"])
+                best["mIoU"] = max(best.get("mIoU", 0.0), scores["mIoU"])
             if scaler.is_enabled():
                 row["skipped"] = watch.skipped[0]
             by_first(rank, world, device, log.write, done, row)

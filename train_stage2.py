@@ -207,7 +207,8 @@ def train(args, rank, world, device):
     state = {key: value for key, value in stage1["networks"].items() if key in wanted}
     fill(labeled_nets, state, args.stage1)
     del stage1, state
-    nets = SemiSupervisedNetworks(labeled_nets, args.filter, args.threshold).to(device)
+    nets = SemiSupervisedNetworks(labeled_nets, args.filter, args.threshold)
+    nets = nets.to(device, memory_format=torch.channels_last)
     nets.labeled.main.decoder.proj.requires_grad_("contra" in args.losses)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
@@ -216,7 +217,7 @@ def train(args, rank, world, device):
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    seconds, skipped, best = 0.0, (0, 0), 0.0
+    seconds, skipped, best = 0.0, (0, 0), {}
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
@@ -246,7 +247,7 @@ def train(args, rank, world, device):
         seconds = time.monotonic() - began
         if scores:
             save(student_record(student, dataset, args), out / "student_stage2.pt")
-            write_result(out, "stage2", args, done, seconds, device, skipped=watch.skipped[0], **scores)
+            write_result(out, "stage2", args, done, seconds, device, watch.skipped[0], scores, best)
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
@@ -307,7 +308,7 @@ def train(args, rank, world, device):
                 for name, network in (("mIoU", student), ("mIoU_teacher", nets.teacher)):
                     matrices = score(network, dataset, args.size, device, rank, world, args.workers)
                     scores[name] = row[name] = mean_iou(matrices["resized"])
-                best = scores["best_mIoU"] = max(best, scores["mIoU"])
+                    best[name] = max(best.get(name, 0.0), scores[name])
             if scaler.is_enabled():
                 row["skipped"] = watch.skipped[0]
             by_first(rank, world, device, log.write, done, row)

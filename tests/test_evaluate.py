@@ -244,7 +244,7 @@ def test_the_s_ecn_rejects_and_doubts_by_its_own_class(C):
 def result(folder, mIoU, stage="stage2", **arguments):
     entry = {"mIoU": mIoU, "best_mIoU": mIoU + 1, "steps": 400, "arguments": {"lr": 0.1, **arguments}}
     if stage == "stage2":
-        entry["mIoU_teacher"] = mIoU + 2
+        entry |= {"mIoU_teacher": mIoU + 2, "best_mIoU_teacher": mIoU + 3}
     folder.mkdir(exist_ok=True)
     path = folder / "result.json"
     path.write_text(json.dumps({**evaluate.read_result(path), stage: entry}))
@@ -262,13 +262,13 @@ def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed(tmp_path):
     lines = evaluate.compare(runs).splitlines()
     sd = f"{math.sqrt(((30 - 33) ** 2 + (36 - 33) ** 2) / (2 - 1)):.2f}"
     assert lines[2:] == [
-        f"| stage2, filter eln | 2 | 33.00 ± {sd} | 34.00 ± {sd} | 35.00 ± {sd} | 400 |",
-        "| stage2, filter none | 1 | 20.50 | 21.50 | 22.50 | 400 |",
-        "| stage1 | 1 | 10.00 | 11.00 |  | 400 |",
+        f"| stage2, filter eln | 2 | 33.00 ± {sd} | 34.00 ± {sd} | 35.00 ± {sd} | 36.00 ± {sd} | 400 |",
+        "| stage2, filter none | 1 | 20.50 | 21.50 | 22.50 | 23.50 | 400 |",
+        "| stage1 | 1 | 10.00 | 11.00 |  |  | 400 |",
     ]
     assert len({line.count("|") for line in lines}) == 1
     assert evaluate.compare([runs[0], runs[3]], stage=1).splitlines()[2:] == [
-        "| stage1 | 2 | 7.50 ± 3.54 | 8.50 ± 3.54 |  | 400 |"
+        "| stage1 | 2 | 7.50 ± 3.54 | 8.50 ± 3.54 |  |  | 400 |"
     ]
     with pytest.raises(InputError, match="b has no stage1"):
         evaluate.compare(runs, stage=1)

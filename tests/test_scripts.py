@@ -104,7 +104,7 @@ def shapes_run(space, run_apart):
     """The folder of both stages on `shapes`, by a user's commands."""
     for command in (
         ["train_stage1.py", *TINY, *"--pretrain-iters 4 --eln-iters 3 --alphas 0.5 2".split()],
-        "train_stage2.py --iters 3 --device cpu".split(),
+        "train_stage2.py --iters 3 --eval-every 2 --device cpu".split(),
     ):
         done = run_apart(space, *command)
         assert (done.returncode, done.stderr) == (0, "")
@@ -135,6 +135,13 @@ def test_a_run_leaves_the_documented_files(shapes_run):
     assert {path.name for path in shapes_run.iterdir() if path.is_file()} == RUN_FILES
     result = json.loads((shapes_run / "result.json").read_text())
     assert [result[stage]["steps"] for stage in ("stage1", "stage2")] == [7, 3]
+    for stage, entry in result.items():
+        logged = rows(shapes_run / f"log_{stage}.csv")
+        for name in {"mIoU", "mIoU_teacher"} & logged[0].keys():
+            scores = [float(row[name]) for row in logged if row[name]]
+            assert entry[name] == pytest.approx(scores[-1], rel=1e-5)
+            assert entry[f"best_{name}"] == pytest.approx(max(scores), rel=1e-5)
+        assert 0.1 < entry["peak_memory_gib"] < 20
     for name in CHECKPOINTS:
         for key, value in leaves(load(shapes_run / name)):
             assert isinstance(value, (torch.Tensor, str, int, float, type(None))), key
@@ -152,7 +159,7 @@ def test_logs_have_their_columns_and_finite_numbers(shapes_run):
         blank = {name for name, value in row.items() if value == ""}
         assert all(math.isfinite(float(value)) for value in row.values() if value)
         early = {"L_aux", "L_eln", *judged} if row in one[:4] else set()  # pre-training
-        scored = row in (one[-1], two[-1])
+        scored = row in (one[-1], two[1], two[-1])
         assert blank == early | (set() if scored else row.keys() & {"mIoU", "mIoU_teacher"})
 
 

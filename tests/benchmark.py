@@ -1,0 +1,297 @@
+"""Seconds and memory of training, Eq. (10), loader and evaluation, as Markdown. Not a test; CI leaves it out.
+
+    python tests/benchmark.py                                          # small networks, for a CPU
+    python tests/benchmark.py --device cuda --backbone resnet50 --eln-backbone resnet34 --width 256 \
+        --size 512 512 --batch-size 6 --sizes 4096 98304
+
+Steps are those of the scripts, run as a user runs them, on JPEG images drawn here. Seconds are medians after
+warm-up; a FLOP is an addition or a multiplication.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from data import load_dataset, make_loader  # noqa: E402
+from evaluate import score  # noqa: E402
+from losses import contrastive_loss, supervised_loss  # noqa: E402
+from train_stage1 import AMP_TYPES, LabeledNetworks  # noqa: E402
+
+C = 21
+WARM_UP = 2  # rows of a log, or calls
+
+
+def table(title, head, rows):
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(cell if isinstance(cell, str) else f'{cell:.3g}' for cell in row)} |", flush=True)
+
+
+def draw_images(folder, number, size):
+    """The layout of --dataset folder: noise that JPEG finds as hard as photographs, rectangles as masks."""
+    rng = np.random.default_rng(0)
+    for kind in ("images", "masks"):
+        (folder / kind).mkdir(parents=True)
+    for i in range(number):
+        coarse = Image.fromarray(rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"images/{i}.jpg", quality=90)
+        coarse = Image.fromarray(rng.integers(0, C, (size[0] // 32, size[1] // 32), dtype=np.uint8))
+        coarse.resize(size[::-1], Image.Resampling.NEAREST).save(folder / f"masks/{i}.png")
+    (folder / "train.txt").write_text("\n".join(map(str, range(number - 2))))
+    (folder / "val.txt").write_text(f"{number - 2}\n{number - 1}\n")
+    (folder / "classes.txt").write_text("\n".join(f"class{c}" for c in range(C)))
+
+
+def run_script(args, script, out, *options, processes=1, threads=None):
+    """Run a script to its end. Returns its log's rows, and its entry of result.json."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    command = [*start, ROOT / script, "--out", out, "--device", args.device, "--amp", args.amp, *options]
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    stage = "stage1" if "1" in script else "stage2"
+    with open(out / f"log_{stage}.csv") as file:
+        return list(csv.DictReader(file)), json.loads((out / "result.json").read_text())[stage]
+
+
+def train_both(args, work, name, **how):
+    """Seconds a step of pre-training, joint training and stage 2, and peak GiB of the two stages."""
+    every = 1 if args.device == "cpu" else 10
+    steps, out = every * (WARM_UP + args.repeats), work / name
+    common = ["--log-every", every, "--eval-every", 10**6, "--workers", args.workers]
+    options = ["--dataset", "folder", "--data", work / "data", "--ratio", "1/2", "--weights", "none"]
+    options += ["--eln-weights", "none", "--backbone", args.backbone, "--eln-backbone", args.eln_backbone]
+    options += ["--width", args.width, "--size", *args.size, "--batch-size", args.batch_size]
+    options += ["--pretrain-iters", steps, "--eln-iters", steps]
+    one, result1 = run_script(args, "train_stage1.py", out, *options, *common, **how)
+    two = ["--stage1", out / "stage1.pt", "--iters", steps, "--contrast-pixels", args.contrast_pixels]
+    two, result2 = run_script(args, "train_stage2.py", out, *two, *common, **how)
+    half = len(one) // 2
+    seconds = [
+        statistics.median(1 / float(row["steps/s"]) for row in rows[WARM_UP:])
+        for rows in (one[:half], one[half:], two)
+    ]
+    return seconds, [result["peak_memory_gib"] for result in (result1, result2)]
+
+
+def timed(args, call):
+    """Median seconds of call()."""
+    seconds = []
+    for _ in range(WARM_UP + args.repeats):
+        began = time.perf_counter()
+        call()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def gigabytes_of(args, call):
+    """GiB that call() takes at most, beyond what is there before; nan where it cannot be told."""
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    try:
+        def resident(field):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest value begins anew
+        before = resident("VmRSS")
+        call()
+        return (resident("VmHWM") - before) / 2**20
+    except OSError:
+        return float("nan")
+
+
+def autocast(args):
+    kind = AMP_TYPES.get(args.amp)
+    return torch.autocast(args.device, kind, enabled=kind is not None)
+
+
+def reference_seconds(args, images):
+    """A training step of torchvision's deeplabv3_resnet50, AdamW and cross-entropy."""
+    network = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=C)
+    network = network.to(args.device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(network.parameters())
+    X = torch.randn(images, 3, *args.size, device=args.device)
+    Y = torch.randint(C, (images, *args.size), device=args.device)
+
+    def step():
+        with autocast(args):
+            logits = network(X)["out"]
+        optimizer.zero_grad(set_to_none=True)
+        supervised_loss(logits, Y).backward()
+        optimizer.step()
+
+    return timed(args, step)
+
+
+def flops_of(call, backward=True):
+    with FlopCounterMode(display=False) as counter:
+        out = call()
+        if backward:
+            sum(x.sum() for x in out if x is not None).backward()
+    return counter.get_total_flops()
+
+
+def paper_flops(args):
+    """FLOPs of the paper's passes in a step of pre-training, joint training, stage 2: counted, not run."""
+    B, (H, W) = args.batch_size, args.size
+    with torch.device("meta"):
+        nets = LabeledNetworks(C, args)
+        X, judged = torch.empty(B, 3, H, W), torch.empty(B, 3 + C + 1, H, W)
+        low, high = (x.detach() for x in nets.main.encoder(X))
+        main = flops_of(lambda: nets.main(X))
+        aux = flops_of(lambda: nets.aux_decoders[0](low, high, (H, W)))
+        eln = flops_of(lambda: [nets.eln(judged)])
+        student = flops_of(lambda: nets.main(X, embed=True))
+        labels = flops_of(lambda: nets.main(X, embed=True), False) + flops_of(lambda: nets.eln(judged), False)
+    K = len(args.alphas)
+    joint = main + K * aux + (K + 1) * eln
+    return main, joint, joint + student + labels
+
+
+def convolution_rate(args):
+    """FLOP/s of a decoder's 3x3 convolution at stride 4, forward and backward."""
+    conv = torch.nn.Conv2d(args.width, args.width, 3, padding=1, bias=False, device=args.device)
+    conv = conv.to(memory_format=torch.channels_last)
+    shape = args.batch_size, args.width, args.size[0] // 4, args.size[1] // 4
+    x = torch.randn(shape, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
+
+    def call():
+        with autocast(args):
+            y = conv(x)
+        y.backward(torch.ones_like(y))
+
+    return flops_of(lambda: [conv(x)]) / timed(args, call)
+
+
+def steps(args, work):
+    seconds, memory = train_both(args, work, "run")
+    floor, rate = paper_flops(args), convolution_rate(args)
+    references = [reference_seconds(args, args.batch_size)] * 2 + [reference_seconds(args, 2 * args.batch_size)]
+    rows = [
+        (name, s, s / reference, f / 1e9, s * rate / f, gib)
+        for name, s, reference, f, gib in zip(
+            ("pre-training", "stage 1", "stage 2"), seconds, references, floor, (memory[0], *memory)
+        )
+    ]
+    head = ["step", "seconds", "of deeplabv3_resnet50", "GFLOP", "time over floor", "peak GiB of the stage"]
+    table(f"A step; the floor's rate is {rate / 1e9:.0f} GFLOP/s", head, rows)
+
+
+def scaling(args, work):
+    rows = [("1 process, 2 threads", *train_both(args, work, "one", threads=2)[0])]
+    rows.append(("2 processes, 1 thread each", *train_both(args, work, "two", processes=2, threads=1)[0]))
+    table("Seconds a step", ["processes", "pre-training", "stage 1", "stage 2"], rows)
+
+
+def contrast(args, work):
+    rows = []
+    for n in args.sizes:
+        f = torch.randn(n, 128, device=args.device, requires_grad=True)
+        f_t, label = torch.randn(n, 128, device=args.device), torch.randint(C, (n,), device=args.device)
+        for chunk in (512, 2048, 8192, None):
+            if chunk is None and n > 20000:
+                continue
+
+            def call():
+                f.grad = None
+                contrastive_loss(f, f_t, label, label, chunk=chunk).backward()
+
+            products = (3 if chunk is None else 4) * 2 * n * n * 128
+            memory, seconds = gigabytes_of(args, call), timed(args, call)
+            rows.append((str(n), str(chunk), seconds, memory, products / seconds / 1e9))
+    table("Eq. (10)", ["pixels", "chunk", "seconds", "extra GiB", "GFLOP/s of its products"], rows)
+
+
+def loading(args, work):
+    dataset = load_dataset("folder", work / "data")
+    rows = []
+    for workers in (0, args.workers) if args.workers else (0,):
+        for labeled in (True, False):
+            number = WARM_UP + 4 * args.repeats
+            stream = (0, 1, 0)
+            batches = iter(make_loader(
+                dataset, dataset.train, args.size, labeled, args.batch_size, stream, 0, number, workers=workers
+            ))
+            for _ in range(WARM_UP):
+                next(batches)
+            began = time.perf_counter()
+            done = sum(args.batch_size for _ in batches)
+            kind = "labelled" if labeled else "unlabelled"
+            rows.append((kind, str(workers), done / (time.perf_counter() - began)))
+    table("The loader alone", ["images", "workers", "images/s"], rows)
+    began = time.perf_counter()
+    command = [sys.executable, ROOT / "train_stage1.py", "--log-every", "1", "--out", work / "start"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith("1/"))
+        print(f"\nFrom the command to the first step of `shapes`: {time.perf_counter() - began:.1f} s")
+        process.kill()
+
+
+def evaluation(args, work):
+    rows, device = [], torch.device(args.device)
+    dataset = load_dataset("folder", work / "data")
+    network = LabeledNetworks(C, args, auxiliary=False).main.to(device, memory_format=torch.channels_last)
+    for size in (args.size, [1024, 2048]):
+        memory = gigabytes_of(args, lambda: score(network, dataset, size, device))
+        seconds = timed(args, lambda: score(network, dataset, size, device))
+        rows.append((f"{size[0]}x{size[1]}", len(dataset.val) / seconds, memory))
+    table("Evaluation", ["size", "images/s", "extra GiB"], rows)
+
+
+PARTS = {"steps": steps, "scaling": scaling, "contrast": contrast, "loading": loading, "evaluation": evaluation}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all, scaling on a CPU only")
+    add("--device", choices=("cpu", "cuda"), default="cpu")
+    add("--amp", choices=AMP_TYPES, default="off")
+    add("--backbone", default="resnet18")
+    add("--eln-backbone", default="resnet18")
+    add("--width", type=int, default=64)
+    add("--size", type=int, nargs=2, default=[128, 128], metavar=("H", "W"))
+    add("--batch-size", type=int, default=4)
+    add("--contrast-pixels", type=int, default=1024)
+    add("--sizes", type=int, nargs="+", default=[1024, 4096, 16384], help="pixels of Eq. (10)")
+    add("--workers", type=int, default=0)
+    add("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.weights, args.eln_weights, args.alphas, args.corrector = "none", "none", [20.0, 50.0], "eln"
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    print(f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"torchvision {torchvision.__version__}; {' '.join(sys.argv[1:])}")
+    parts = args.parts or [name for name in PARTS if name != "scaling" or args.device == "cpu"]
+    with tempfile.TemporaryDirectory() as work:
+        draw_images(Path(work) / "data", 26, args.size)
+        for name in parts:
+            PARTS[name](args, Path(work))
+
+
+if __name__ == "__main__":
+    main()
