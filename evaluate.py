@@ -89,7 +89,7 @@ def load_student(path, device="cpu"):
 
 def load_eln(path, checkpoint, device="cpu"):
     """ELN, or the s-ECN, in eval mode from a checkpoint that was read from `path`; None if it has none."""
-    networks = checkpoint["networks"]  # "eln." in stage 1, "labeled.eln." in stage 2
+    networks = checkpoint["networks"]  
     state = {key.split("eln.", 1)[1]: value for key, value in networks.items() if "eln." in key}
     if not state:
         return None
@@ -164,11 +164,8 @@ def score(network, dataset, size, device, rank=0, world=1, workers=0):
     C = len(dataset.classes)
     matrices = torch.zeros(2, C, C, dtype=torch.int64, device=device)
     network.eval()
-    if world > 1:  # BatchNorm's statistics differ between processes on CPUs; the first one's are saved
-        for buffer in network.buffers():
-            dist.broadcast(buffer, 0)
     for X, label, original in scenes_of(dataset, dataset.val[rank::world], size, device, workers):
-        logits, _ = network(X)
+        logits = network(X)[0]
         matrices[0] += count(logits[0].argmax(0), label, C)
         matrices[1] += count(resized_argmax(logits, original.shape), original, C)
     if world > 1:
@@ -228,7 +225,7 @@ def error_localization(network, eln, scenes, threshold):
     """
     rankings, counts = {}, {}
     for X, label, _ in scenes:
-        logits, _ = network(X)
+        logits = network(X)[0]
         known = label != VOID
         wrong = (logits[0].argmax(0) != label)[known]  # (n,) bool
         log_P = logits[0].double().log_softmax(0)[:, known]  # (C, n)
@@ -278,7 +275,7 @@ def fig5(network, eln, X, image, label, palette):
 
     X (1, 3, H, W); image (3, H, W) uint8; label (H, W) int64; eln may be None (two panels fewer)
     """
-    logits, _ = network(X)
+    logits = network(X)[0]
     prediction = logits[0].argmax(0)
     wrong = (prediction != label) & (label != VOID)
 
@@ -316,7 +313,7 @@ def predict(network, record, path, folder, device):
     """Segment an image file: STEM_class.png (class numbers), STEM_colour.png, STEM_overlay.png in folder."""
     image = read_rgb(path)
     size = image.shape[1:] if record["crop"] else record["size"]
-    logits, _ = network(normalize(resize(image, None, size)[0].to(device))[None])
+    logits = network(normalize(resize(image, None, size)[0].to(device))[None])[0]
     index = resized_argmax(logits, image.shape[1:])
     painted = colour(index, record["palette"])
     overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2

@@ -194,6 +194,9 @@ class DeepLabV3Plus(nn.Module):
         )
 
     def forward(self, image, embed=False):
-        """X (B, 3, H, W), ImageNet-normalised -> logits (B, C, H, W), feature (B, 128, stride 4) or None."""
-        low, high = self.encoder(image)
-        return self.decoder(low, high, image.shape[2:], embed)
+        """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.
+
+        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's low, high.
+        """
+        encoded = self.encoder(image)
+        return *self.decoder(*encoded, image.shape[2:], embed), encoded

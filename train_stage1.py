@@ -18,6 +18,7 @@ import shlex
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from data import (
 )
 from eln import ErrorLocalizationNetwork, eln_input, rejected
 from evaluate import FREE, fill, mean_iou, read_checkpoint, read_result, score
-from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, labeled_loss, supervised_loss
+from losses import auxiliary_loss, correctness, cross_entropy, eln_loss, supervised_loss
 from model import BACKBONES, Decoder, DeepLabV3Plus, WeightsError
 
 STAGE, LABELED = 1, 0  # parts of the seeds, see data.Views
@@ -61,39 +62,41 @@ DEFAULTS = {
 AMP_TYPES = {"off": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class LabeledNetworks(nn.Module):
-    """What Sec. 3.1 trains: the main network, K auxiliary decoders and ELN, behind one forward.
+class AuxiliaryNetworks(nn.Module):
+    """What Sec. 3.1 trains beside the main network: K auxiliary decoders and ELN.
 
-    num_classes C; args: backbone, weights, eln_backbone, eln_weights, width, alphas, corrector
-    auxiliary   False leaves the auxiliary decoders and ELN out
+    num_classes C; encoder: the main network's, for its channels
+    args  eln_backbone, eln_weights, width, alphas, corrector
     """
 
-    def __init__(self, num_classes, args, auxiliary=True):
+    def __init__(self, num_classes, encoder, args):
         super().__init__()
-        self.main = DeepLabV3Plus(num_classes, args.backbone, args.weights, args.width)
-        channels = self.main.encoder.low_channels, self.main.encoder.high_channels
-        self.aux_decoders, self.eln = nn.ModuleList(), None
-        if auxiliary:
-            self.aux_decoders.extend(Decoder(*channels, num_classes, args.width) for _ in args.alphas)
-            outputs = num_classes if args.corrector == "ecn" else 1
-            self.eln = ErrorLocalizationNetwork(
-                num_classes, args.eln_backbone, args.eln_weights, args.width, outputs
-            )
+        channels = encoder.low_channels, encoder.high_channels
+        self.decoders = nn.ModuleList(Decoder(*channels, num_classes, args.width) for _ in args.alphas)
+        outputs = num_classes if args.corrector == "ecn" else 1
+        self.eln = ErrorLocalizationNetwork(
+            num_classes, args.eln_backbone, args.eln_weights, args.width, outputs
+        )
 
-    def forward(self, image):
-        """X (B, 3, H, W) -> logits (B, C, H, W), aux_logits: K of the same, valid_logits: K+1 (B, H, W).
+    def forward(self, image, logits, low, high):
+        """X (B, 3, H, W), P and E(X) of the main network -> aux_logits, valid_logits.
 
-        With the s-ECN the last are K+1 corrections, (B, C, H, W).
+        Lists of K (B, C, H, W) and K+1 (B, H, W); with the s-ECN the latter are K+1 corrections (B, C, H, W).
+        No gradient reaches the main network: its outputs are detached here.
         """
-        low, high = self.main.encoder(image)
-        logits, _ = self.main.decoder(low, high, image.shape[2:])
-        if self.eln is None:
-            return logits, [], []
         size = image.shape[2:]
-        aux_logits = [decoder(low.detach(), high.detach(), size)[0] for decoder in self.aux_decoders]
+        aux_logits = [decoder(low.detach(), high.detach(), size)[0] for decoder in self.decoders]
         judged = [eln_input(image, P) for P in (logits, *aux_logits)]  # K+1 of (B, 3+C+1, H, W), detached
         valid_logits = self.eln(torch.cat(judged)).chunk(len(judged))
-        return logits, aux_logits, valid_logits
+        return aux_logits, valid_logits
+
+
+def make_networks(num_classes, args, auxiliary=True):
+    """`main`, the segmentation network, and `auxiliary`, which may be left out, in a ModuleDict."""
+    nets = nn.ModuleDict({"main": DeepLabV3Plus(num_classes, args.backbone, args.weights, args.width)})
+    if auxiliary:
+        nets["auxiliary"] = AuxiliaryNetworks(num_classes, nets.main.encoder, args)
+    return nets
 
 
 def ecn_loss(corrections, label):
@@ -209,7 +212,14 @@ def resolve_amp(amp, device):
 
 def parallel(module, world):
     """The module, and under several processes one that averages their gradients."""
-    return nn.parallel.DistributedDataParallel(module) if world > 1 else module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False) if world > 1 else module
+
+
+def same_statistics(nets, world, device):
+    """BatchNorm's running statistics of the first process for all. On GPUs SyncBatchNorm's are the same."""
+    if world > 1 and device.type == "cpu":
+        for buffer in nets.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def total(tensor, world):
@@ -545,13 +555,13 @@ def train(args, rank, world, device):
 
     torch.manual_seed(args.seed)
     begin = untrained(args) if checkpoint else args
-    nets = LabeledNetworks(len(dataset.classes), begin, auxiliary=not args.supervised_only)
+    nets = make_networks(len(dataset.classes), begin, auxiliary=not args.supervised_only)
     nets = nets.to(device, memory_format=torch.channels_last)  # convolutions are faster so
     nets.main.decoder.proj.requires_grad_(False)  # nothing in stage 1 gives it a gradient
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     joint = start > args.pretrain_iters
-    trained = [nets.main, nets.aux_decoders, nets.eln] if joint else [nets.main]
+    trained = [nets.main, nets.auxiliary] if joint else [nets.main]
     optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -559,7 +569,8 @@ def train(args, rank, world, device):
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
-    model = parallel(nets if joint else nets.main, world)
+    main = parallel(nets.main, world)
+    auxiliary = parallel(nets.auxiliary, world) if joint else None
 
     batches = iter(make_loader(
         dataset, run["labeled"], args.size, True, args.batch_size, (args.seed, STAGE, LABELED), start, steps,
@@ -586,42 +597,41 @@ def train(args, rank, world, device):
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
+    autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
     watch = Watch(rank, skipped)
     for step in range(start, steps):
         if step == args.pretrain_iters:  # pre-training is over: the auxiliary decoders and ELN join
             joint = True
-            for group in parameter_groups([nets.aux_decoders, nets.eln], args):
+            for group in parameter_groups([nets.auxiliary], args):
                 optimizer.add_param_group(group)
-            model = None  # the pre-training's wrapper lets go of the gradients before another takes them
-            model = parallel(nets, world)
+            auxiliary = parallel(nets.auxiliary, world)
         image, label = next(batches)
         torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
         image = normalize(image.to(device, non_blocking=True))
         label = label.to(device, non_blocking=True).long()
 
         nets.train()
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            if joint:
-                logits, aux_logits, valid_logits = model(image)
-            else:
-                logits, _ = model(image)
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            logits, _, encoded = main(image)
         L_sup = share * supervised_loss(logits, label)  # Eq. (2)
-        loss, row = L_sup, {"L_sup": L_sup}
-        if joint:
+        scaler.scale(L_sup).backward()
+        row = {"L_sup": L_sup}
+        if joint:  # the rest of Eq. (7); its graph is apart, and is built when the first one is freed
+            with autocast():
+                aux_logits, valid_logits = auxiliary(image, logits, *encoded)
             L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
             if args.corrector == "eln":
                 L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
             else:
                 L_eln = share * ecn_loss(valid_logits, label)
-            loss = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+            scaler.scale(L_aux + L_eln).backward()
             row.update(L_aux=L_aux, L_eln=L_eln)
-
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         row = watch.look(step, row, optimizer, scaler, world)
         scaler.step(optimizer)
         scaler.update()
+        same_statistics(nets, world, device)
 
         done, scores = step + 1, {}
         last = done == steps

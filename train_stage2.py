@@ -11,6 +11,8 @@ and labelled images.
 import argparse
 import copy
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +25,13 @@ from data import DATASETS, InputError, check_files, make_loader, normalize, shar
 from eln import eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
-    auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss, supervised_loss,
-    unlabeled_loss,
+    auxiliary_loss, contrastive_loss, ema_update, eln_loss, pseudo_label_loss, supervised_loss, unlabeled_loss,
 )
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, SEED, LabeledNetworks, Log, Watch, add_options, by_first, check_finite,
-    default_out, ecn_loss, judgement, judgement_fields, make_parser, open_run, option, parallel,
-    parameter_groups, restore, run_script, save, save_checkpoint, step_seed, student_record, total, untrained,
-    write_result,
+    AMP_TYPES, DEFAULTS, LABELED, SEED, Log, Watch, add_options, by_first, check_finite, default_out,
+    ecn_loss, judgement, judgement_fields, make_networks, make_parser, open_run, option, parallel,
+    parameter_groups, restore, run_script, same_statistics, save, save_checkpoint, step_seed,
+    student_record, total, untrained, write_result,
 )
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
@@ -42,47 +43,23 @@ FROM_STAGE1 = (
 )
 
 
-class SemiSupervisedNetworks(nn.Module):
-    """What Sec. 3.2 runs: student with its auxiliary networks, and teacher, behind one forward.
+@torch.no_grad()
+def make_pseudo_labels(teacher, eln, image_u, filter, threshold):
+    """The teacher labels unlabelled images X (B, 3, H, W), and the filter says which labels count.
 
-    labeled    the LabeledNetworks of stage 1: the student is labeled.main; the teacher begins as its copy
-    filter     which pseudo labels count: see --filter
-    threshold  of --filter threshold
+    eln may be None where the filter needs none. Networks are in eval mode: fixed statistics, no dropout.
+    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, stride 4), f~.
     """
-
-    def __init__(self, labeled, filter="eln", threshold=0.9):
-        super().__init__()
-        self.labeled, self.filter, self.threshold = labeled, filter, threshold
-        self.teacher = copy.deepcopy(labeled.main).requires_grad_(False)
-
-    def forward(self, image, image_u, image_u_strong):
-        """All predictions of one step, from X labelled, X unlabelled and A.X, each (B, 3, H, W).
-
-        Returns a dict: logits, aux_logits, valid_logits as LabeledNetworks; pseudo_label (B, H, W) int64 and
-        valid (B, H, W) bool of X; logits_u (B, C, H, W) and feature_s (B, D, stride 4), the student of A.X;
-        feature_t (B, D, stride 4) of the teacher for X.
-        """
-        eln = self.labeled.eln
-        with torch.no_grad():  # teacher and ELN label with fixed statistics, before ELN trains in this step
-            logits_t, feature_t = self.teacher.eval()(image_u, embed=True)
-            pseudo_label = logits_t.argmax(dim=1)
-            valid = torch.ones_like(pseudo_label, dtype=torch.bool)
-            if self.filter == "eln":
-                valid = eln.eval()(eln_input(image_u, logits_t)) > 0  # round(sigmoid) = 1
-            elif self.filter == "ecn":
-                pseudo_label = eln.eval()(eln_input(image_u, logits_t)).argmax(dim=1)
-            elif self.filter == "threshold":
-                valid = logits_t.softmax(dim=1).amax(dim=1) > self.threshold
-            if eln is not None:
-                eln.train(self.training)
-        torch.clear_autocast_cache()  # older PyTorch would reuse weights cast without gradient
-        logits, aux_logits, valid_logits = self.labeled(image)
-        logits_u, feature_s = self.labeled.main(image_u_strong, embed=True)
-        return dict(
-            logits=logits, aux_logits=aux_logits, valid_logits=valid_logits,
-            pseudo_label=pseudo_label, valid=valid, logits_u=logits_u,
-            feature_s=feature_s, feature_t=feature_t,
-        )
+    logits, feature_t, _ = teacher(image_u, embed=True)
+    pseudo_label = logits.argmax(dim=1)
+    valid = torch.ones_like(pseudo_label, dtype=torch.bool)
+    if filter == "eln":
+        valid = eln(eln_input(image_u, logits)) > 0  # round(sigmoid) = 1
+    elif filter == "ecn":
+        pseudo_label = eln(eln_input(image_u, logits)).argmax(dim=1)
+    elif filter == "threshold":
+        valid = logits.softmax(dim=1).amax(dim=1) > threshold
+    return pseudo_label, valid, feature_t
 
 
 def gather(tensor, rows, fill, world):
@@ -117,17 +94,18 @@ def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_
     return place, label[place].masked_fill(lot > last, 255)
 
 
-def contrast_batch(p, args, step, rank, world):
-    """Anchors of this process and keys of all for Eq. (10), from the forward's dict p.
+def contrast_batch(feature_s, feature_t, pseudo_label, valid, args, step, rank, world):
+    """Anchors of this process and keys of all for Eq. (10).
 
+    feature_s, feature_t (b, D, stride 4); pseudo_label, valid (b, H, W)
     Returns f (n, D), f_t (m, D), label_s (n,), label_t (m,) and share_V: Eq. (10) is a mean over anchors
     of all processes: each weighs its own mean by its part of them, times `world` because DDP averages.
     """
-    B, shape = args.batch_size, p["feature_s"].shape[2:]
+    B, shape = args.batch_size, feature_s.shape[2:]
     rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
-    pixels = (p["pseudo_label"], p["valid"], shape, args.contrast_pixels, rng, rank, world, B)
+    pixels = (pseudo_label, valid, shape, args.contrast_pixels, rng, rank, world, B)
     place, label_s = contrast_labels(*pixels)
-    f, f_t = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (p["feature_s"], p["feature_t"]))  # (n, D)
+    f, f_t = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (feature_s, feature_t))  # (n, D)
     rows = -(-B // world) * shape.numel()
     rows = min(rows, args.contrast_pixels) if args.contrast_pixels else rows
     V_r = (label_s != 255).sum()
@@ -201,19 +179,20 @@ def train(args, rank, world, device):
         raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
 
     torch.manual_seed(args.seed)
-    auxiliary = args.filter in ("eln", "ecn")  # else neither built nor trained
-    labeled_nets = LabeledNetworks(len(dataset.classes), untrained(args), auxiliary)
-    wanted = labeled_nets.state_dict().keys()
+    judged = args.filter in ("eln", "ecn")  # else auxiliary decoders and ELN are neither built nor trained
+    nets = make_networks(len(dataset.classes), untrained(args), judged)
+    wanted = nets.state_dict().keys()
     state = {key: value for key, value in stage1["networks"].items() if key in wanted}
-    fill(labeled_nets, state, args.stage1)
+    fill(nets, state, args.stage1)
     del stage1, state
-    nets = SemiSupervisedNetworks(labeled_nets, args.filter, args.threshold)
+    nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
     nets = nets.to(device, memory_format=torch.channels_last)
-    nets.labeled.main.decoder.proj.requires_grad_("contra" in args.losses)
+    nets.main.decoder.proj.requires_grad_("contra" in args.losses)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    student = nets.labeled.main
-    optimizer = torch.optim.AdamW(parameter_groups([nets.labeled], args), weight_decay=args.weight_decay)
+    student, teacher, eln = nets.main, nets.teacher, nets.auxiliary.eln if judged else None
+    trained = [student, nets.auxiliary] if judged else [student]
+    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
@@ -221,7 +200,8 @@ def train(args, rank, world, device):
     if checkpoint:
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
-    model = parallel(nets, world)
+    main = parallel(student, world)
+    auxiliary = parallel(nets.auxiliary, world) if judged else None
 
     def loader(ids, labeled, kind):
         stream = (args.seed, STAGE, kind)
@@ -230,7 +210,7 @@ def train(args, rank, world, device):
 
     batches = zip(loader(run["labeled"], True, LABELED), loader(run["unlabeled"], False, UNLABELED))
     fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
-    if auxiliary:
+    if judged:
         fields += judgement_fields(len(args.alphas))
     fields += ["mIoU", "mIoU_teacher", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
     log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
@@ -251,6 +231,7 @@ def train(args, rank, world, device):
         state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
         save_checkpoint(path, state, nets, optimizer, scaler)
 
+    autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
     watch = Watch(rank, skipped)
     for step in range(start, args.iters):
         (image, label), (image_u, image_u_strong) = next(batches)
@@ -260,41 +241,54 @@ def train(args, rank, world, device):
         )
         label = label.to(device, non_blocking=True).long()
 
-        nets.train()
-        with torch.autocast(device.type, amp, enabled=amp is not None):
-            p = model(image, image_u, image_u_strong)
+        nets.eval()  # teacher and ELN label with fixed statistics, before they learn from this step
+        with autocast():
+            labels = make_pseudo_labels(teacher, eln, image_u, args.filter, args.threshold)
+        pseudo_label, valid, feature_t = labels
 
-        L_sup = share * supervised_loss(p["logits"], label)  # Eq. (2)
-        L_labeled, row = L_sup, {"L_sup": L_sup}
-        if auxiliary:
-            L_aux = share * auxiliary_loss(p["aux_logits"], p["logits"], label, args.alphas)  # Eq. (3)
+        nets.train()
+        optimizer.zero_grad(set_to_none=True)
+        # Each graph is freed by its own backward pass before the next is built: memory holds one at a time.
+        with main.no_sync() if world > 1 else nullcontext():  # the student's last pass averages both gradients
+            with autocast():
+                logits, _, encoded = main(image)
+            L_sup = share * supervised_loss(logits, label)  # Eq. (2)
+            scaler.scale(L_sup).backward()
+        row = {"L_sup": L_sup}
+
+        if judged:  # the rest of Eq. (7)
+            with autocast():
+                aux_logits, valid_logits = auxiliary(image, logits, *encoded)
+            L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
             if args.filter == "eln":
-                L_eln = share * eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label)  # Eq. (6)
+                L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
             else:
-                L_eln = share * ecn_loss(p["valid_logits"], label)
-            L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+                L_eln = share * ecn_loss(valid_logits, label)
+            scaler.scale(L_aux + L_eln).backward()
             row.update(L_aux=L_aux, L_eln=L_eln)
 
-        L_pseudo, L_contra = L_sup.new_zeros(()), L_sup.new_zeros(())
+        with autocast():
+            logits_u, feature_s, _ = main(image_u_strong, embed=True)
+        L_pseudo = share * pseudo_label_loss(logits_u, pseudo_label, valid)  # Eq. (9)
+        L_pseudo = L_pseudo * ("pseudo" in args.losses)  # 0 rather than left out: DDP needs every parameter
+        L_contra = L_pseudo.new_zeros(())
         if "pseudo" in args.losses:
-            L_pseudo = share * pseudo_label_loss(p["logits_u"], p["pseudo_label"], p["valid"])  # Eq. (9)
             row["L_pseudo"] = L_pseudo
         if "contra" in args.losses:
-            f, f_t, label_s, label_t, share_V = contrast_batch(p, args, step, rank, world)
+            features = feature_s, feature_t, pseudo_label, valid
+            f, f_t, label_s, label_t, share_V = contrast_batch(*features, args, step, rank, world)
             L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
             row["L_contra"] = L_contra
-
         L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
-        loss = L_labeled + L_unlabeled
-        row["accepted"] = share * p["valid"].float().mean()
+        scaler.scale(L_unlabeled).backward()
+        row["accepted"] = share * valid.float().mean()
 
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         row = watch.look(step, row, optimizer, scaler, world)
         scaler.step(optimizer)
         scaler.update()
-        ema_update(nets.teacher, student, args.beta)  # Eq. (8)
+        ema_update(teacher, student, args.beta)  # Eq. (8)
+        same_statistics(nets, world, device)
 
         done, scores = step + 1, {}
         last = done == args.iters
@@ -302,10 +296,10 @@ def train(args, rank, world, device):
         if validate or write:
             rate = log.steps_per_second(done)
             row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
-            if auxiliary:
-                row.update(judgement(p["logits"], p["aux_logits"], p["valid_logits"], label, world))
+            if judged:
+                row.update(judgement(logits, aux_logits, valid_logits, label, world))
             if validate:
-                for name, network in (("mIoU", student), ("mIoU_teacher", nets.teacher)):
+                for name, network in (("mIoU", student), ("mIoU_teacher", teacher)):
                     matrices = score(network, dataset, args.size, device, rank, world, args.workers)
                     scores[name] = row[name] = mean_iou(matrices["resized"])
                     best[name] = max(best.get(name, 0.0), scores[name])

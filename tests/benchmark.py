@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from data import load_dataset, make_loader  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import contrastive_loss, supervised_loss  # noqa: E402
-from train_stage1 import AMP_TYPES, LabeledNetworks  # noqa: E402
+from train_stage1 import AMP_TYPES, make_networks  # noqa: E402
 
 C = 21
 WARM_UP = 2  # rows of a log, or calls
@@ -160,14 +160,15 @@ def paper_flops(args):
     """FLOPs of the paper's passes in a step of pre-training, joint training, stage 2: counted, not run."""
     B, (H, W) = args.batch_size, args.size
     with torch.device("meta"):
-        nets = LabeledNetworks(C, args)
+        nets = make_networks(C, args)
         X, judged = torch.empty(B, 3, H, W), torch.empty(B, 3 + C + 1, H, W)
         low, high = (x.detach() for x in nets.main.encoder(X))
-        main = flops_of(lambda: nets.main(X))
-        aux = flops_of(lambda: nets.aux_decoders[0](low, high, (H, W)))
-        eln = flops_of(lambda: [nets.eln(judged)])
-        student = flops_of(lambda: nets.main(X, embed=True))
-        labels = flops_of(lambda: nets.main(X, embed=True), False) + flops_of(lambda: nets.eln(judged), False)
+        main = flops_of(lambda: nets.main(X)[:1])
+        aux = flops_of(lambda: nets.auxiliary.decoders[0](low, high, (H, W)))
+        eln = flops_of(lambda: [nets.auxiliary.eln(judged)])
+        student = flops_of(lambda: nets.main(X, embed=True)[:2])
+        labels = flops_of(lambda: nets.main(X, embed=True), backward=False)
+        labels += flops_of(lambda: nets.auxiliary.eln(judged), backward=False)
     K = len(args.alphas)
     joint = main + K * aux + (K + 1) * eln
     return main, joint, joint + student + labels
@@ -255,7 +256,7 @@ def loading(args, work):
 def evaluation(args, work):
     rows, device = [], torch.device(args.device)
     dataset = load_dataset("folder", work / "data")
-    network = LabeledNetworks(C, args, auxiliary=False).main.to(device, memory_format=torch.channels_last)
+    network = make_networks(C, args, auxiliary=False).main.to(device, memory_format=torch.channels_last)
     for size in (args.size, [1024, 2048]):
         memory = gigabytes_of(args, lambda: score(network, dataset, size, device))
         seconds = timed(args, lambda: score(network, dataset, size, device))

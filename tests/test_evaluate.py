@@ -19,7 +19,7 @@ from torch import nn
 import evaluate
 from data import Dataset, InputError, normalize, voc_palette
 from eln import doubt, eln_input, rejected
-from train_stage1 import LabeledNetworks, save, student_record
+from train_stage1 import make_networks, save, student_record
 
 C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
 ARGS = argparse.Namespace(
@@ -336,9 +336,11 @@ def test_code_in_a_checkpoint_never_runs(tmp_path):
 def networks():
     """Networks whose BatchNorm statistics are not those of fresh ones."""
     torch.manual_seed(0)
-    nets = LabeledNetworks(C, ARGS).train()
+    nets = make_networks(C, ARGS).train()
+    image = torch.randn(2, 3, 32, 32) + 1
     with torch.no_grad():
-        nets(torch.randn(2, 3, 32, 32) + 1)
+        logits, _, encoded = nets.main(image)
+        nets.auxiliary(image, logits, *encoded)
     return nets.eval()
 
 
@@ -365,17 +367,16 @@ def test_a_student_of_another_width_is_refused(student):
         evaluate.load_student(student)
 
 
-@pytest.mark.parametrize("prefix", ["", "labeled."], ids=["stage 1", "stage 2"])
-def test_eln_is_read_from_the_checkpoint_of_either_stage(networks, prefix):
-    state = {prefix + key: value for key, value in networks.state_dict().items()}
+def test_eln_is_read_from_a_checkpoint(networks):
+    state = networks.state_dict()
     checkpoint = {"networks": state, "classes": list("abc"), "args": vars(ARGS)}
     eln = evaluate.load_eln("stage1.pt", checkpoint)
     x = torch.randn(1, 3 + C + 1, 32, 32)
     with torch.no_grad():
-        assert not eln.training and torch.equal(eln(x), networks.eln(x))
+        assert not eln.training and torch.equal(eln(x), networks.auxiliary.eln(x))
     checkpoint["networks"] = {key: value for key, value in state.items() if "eln." not in key}
     assert evaluate.load_eln("stage1.pt", checkpoint) is None
-    checkpoint["networks"] = {**state, prefix + "eln.more": torch.zeros(1)}
+    checkpoint["networks"] = {**state, "auxiliary.eln.more": torch.zeros(1)}
     with pytest.raises(InputError, match="stage1.pt holds other networks.*more"):
         evaluate.load_eln("stage1.pt", checkpoint)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from eln import ErrorLocalizationNetwork, eln_input
 from model import ASPP, BACKBONES, Decoder, DeepLabV3Plus, Encoder, WeightsError
-from train_stage1 import LabeledNetworks, parameter_groups
+from train_stage1 import make_networks, parameter_groups
 
 COUNT = "num_batches_tracked"
 CHANNELS = {"resnet18": (64, 512), "resnet34": (64, 512), "resnet50": (256, 2048), "resnet101": (256, 2048)}
@@ -243,12 +243,13 @@ def test_eln_judges_each_pixel_and_with_C_outputs_corrects_it(outputs, shape):
 def test_segmentation_network_returns_logits_at_the_images_size():
     network = DeepLabV3Plus(5, "resnet18", width=8).eval()
     X = torch.randn(2, 3, 65, 50)
-    logits, feature = network(X, embed=True)
+    logits, feature, (low, high) = network(X, embed=True)
     assert logits.shape == (2, 5, 65, 50) and feature.shape == (2, 128, 17, 13)
-    again, none = network(X)
+    assert low.shape == (2, 64, 17, 13) and high.shape == (2, 512, 5, 4)
+    again, none, _ = network(X)
     assert none is None and torch.equal(again, logits)
     with torch.autocast("cpu", torch.bfloat16):
-        half, _ = network(X)
+        half = network(X)[0]
     assert half.dtype == torch.float32
     assert (half != half.bfloat16()).any()  # made float32 before the interpolation, not after
     assert not torch.equal(half, logits)  # autocast was on
@@ -290,30 +291,31 @@ def test_dropout_rates_are_the_released_ones():
     def found(module):
         return [m.p for m in module.modules() if isinstance(m, nn.Dropout)]
 
-    nets = LabeledNetworks(4, arguments())
+    nets = make_networks(4, arguments())
     assert found(nets.main) == [0.1, 0.5, 0.1]
-    assert [found(decoder) for decoder in nets.aux_decoders] == 2 * [[0.1, 0.5, 0.1]]
-    assert found(nets.eln) == [0.5, 0.5, 0.1]
+    assert [found(decoder) for decoder in nets.auxiliary.decoders] == 2 * [[0.1, 0.5, 0.1]]
+    assert found(nets.auxiliary.eln) == [0.5, 0.5, 0.1]
 
 
 @pytest.mark.parametrize("backbone_lr, expected", [(None, 1e-4), (1e-5, 1e-5)])
 def test_every_parameter_is_optimized_and_encoders_have_their_own_rate(backbone_lr, expected):
     args = arguments(backbone_lr=backbone_lr)
-    nets = LabeledNetworks(4, args)
-    optimizer = torch.optim.AdamW(parameter_groups([nets.main, nets.aux_decoders, nets.eln], args))
+    nets = make_networks(4, args)
+    optimizer = torch.optim.AdamW(parameter_groups([nets.main, nets.auxiliary], args))
     pairs = [(id(p), group["lr"]) for group in optimizer.param_groups for p in group["params"]]
     rates = dict(pairs)
     assert len(pairs) == len(rates) and rates.keys() == {id(p) for p in nets.parameters()}
-    in_encoders = {id(p) for net in (nets.main, nets.eln) for p in net.encoder.parameters()}
+    in_encoders = {id(p) for net in (nets.main, nets.auxiliary.eln) for p in net.encoder.parameters()}
     assert all(rate == (expected if key in in_encoders else 1e-4) for key, rate in pairs)
     norms = [module for module in nets.modules() if isinstance(module, nn.BatchNorm2d)]
     assert len(norms) > 60 and all(id(p) in rates for norm in norms for p in (norm.weight, norm.bias))
 
 
 def test_every_parameter_gets_a_gradient():
-    nets = LabeledNetworks(4, arguments()).train()
+    nets = make_networks(4, arguments()).train()
     image = torch.randn(2, 3, 64, 64)
-    logits, aux_logits, valid_logits = nets(image)
-    outputs = [logits, *aux_logits, *valid_logits, *nets.main(image, embed=True)]
+    logits, feature, encoded = nets.main(image, embed=True)
+    aux_logits, valid_logits = nets.auxiliary(image, logits, *encoded)
+    outputs = [logits, feature, *aux_logits, *valid_logits]
     sum((out * torch.randn_like(out)).sum() for out in outputs).backward()
     assert [name for name, p in nets.named_parameters() if p.grad is None or not p.grad.any()] == []

@@ -30,6 +30,8 @@ import train_stage1
 import train_stage2
 from conftest import NO_WEIGHTS, TINY, here, leaves, load, rows, same_run
 from data import share_of_batch
+from eln import ErrorLocalizationNetwork
+from model import DeepLabV3Plus
 
 ROOT = Path(train_stage1.__file__).resolve().parent
 FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY]
@@ -168,7 +170,7 @@ def test_teacher_is_in_the_checkpoint_and_lags_behind_the_student(shapes_run):
     moved = 0
     for name, student in load(shapes_run / "student_stage2.pt")["network"].items():
         teacher, begin = now[f"teacher.{name}"], first[f"main.{name}"]
-        assert torch.equal(student, now[f"labeled.main.{name}"])
+        assert torch.equal(student, now[f"main.{name}"])
         if teacher.is_floating_point() and not torch.equal(student, begin):
             assert 0 < (teacher - begin).norm() < 0.1 * (student - begin).norm(), name  # beta = 0.995
             moved += 1
@@ -284,10 +286,10 @@ def test_each_variant_of_stage_2_trains_what_it_needs(folder_run, work, options,
     row, checkpoint = rows(out / "log_stage2.csv")[-1], load(out / "stage2.pt")
     filled = {name for name, value in row.items() if name.startswith("L_") and "/" not in name and value}
     assert filled == {"L_sup", *terms.split()}
-    names = {name.removeprefix("labeled.").split(".")[0] for name in checkpoint["networks"]}
-    assert names == {"main", "teacher"} | ({"aux_decoders", "eln"} if "L_aux" in terms else set())
+    names = {name.split(".")[0] for name in checkpoint["networks"]}
+    assert names == {"main", "teacher"} | ({"auxiliary"} if "L_aux" in terms else set())
     trained = {
-        name for name in checkpoint["networks"] if name.startswith("labeled.")
+        name for name in checkpoint["networks"] if not name.startswith("teacher.")
         and name.endswith(("weight", "bias")) and ("main.decoder.proj" not in name or "L_contra" in terms)
     }
     groups = checkpoint["optimizer"]["param_groups"]
@@ -333,18 +335,22 @@ def test_several_runs_are_compared_and_shown_side_by_side(folder_run, shapes_run
 
 
 @pytest.mark.parametrize("threshold", [0.34, 0.5])
-def test_filters_by_confidence_and_by_correction(networks, threshold):
-    nets, (image, image_u, strong) = copy.deepcopy(networks[0]), networks[1]
+def test_pseudo_labels_of_each_filter(networks, threshold):
+    nets, image_u = networks[0].eval(), networks[1][1]
     with torch.no_grad():
-        P = copy.deepcopy(nets.teacher).eval()(image_u)[0].softmax(1)
-    nets.filter, nets.threshold = "threshold", threshold
-    p = nets(image, image_u, strong)
-    assert torch.equal(p["valid"], P.amax(1) > threshold) and torch.equal(p["pseudo_label"], P.argmax(1))
-    nets.filter = "ecn"
+        logits, feature, _ = nets.teacher(image_u, embed=True)
+        believed = nets.auxiliary.eln(train_stage2.eln_input(image_u, logits)).sigmoid().round() == 1
+    confident, every = logits.softmax(1).amax(1) > threshold, torch.ones_like(believed)
+    for filter, accepted in (("eln", believed), ("threshold", confident), ("none", every)):
+        eln = nets.auxiliary.eln if filter == "eln" else None
+        labels, valid, f_t = train_stage2.make_pseudo_labels(nets.teacher, eln, image_u, filter, threshold)
+        assert torch.equal(labels, logits.argmax(1)) and torch.equal(f_t, feature)
+        assert valid.dtype == torch.bool and torch.equal(valid, accepted), filter
     correction = torch.randn(2, 3, 48, 48)
-    nets.labeled.eln.forward = lambda x: correction if len(x) == 2 else torch.zeros(len(x), 48, 48)
-    p = nets(image, image_u, strong)
-    assert torch.equal(p["pseudo_label"], correction.argmax(1)) and p["valid"].all()
+    labels, valid, _ = train_stage2.make_pseudo_labels(
+        nets.teacher, lambda x: correction, image_u, "ecn", threshold
+    )
+    assert torch.equal(labels, correction.argmax(1)) and valid.all()
 
 
 def test_more_processes_than_images_are_refused(work, monkeypatch, capsys):
@@ -404,59 +410,68 @@ def test_contrast_labels_draws_valid_pixels_however_the_batch_is_split(pixels, s
 
 @pytest.fixture(scope="module")
 def networks():
-    """SemiSupervisedNetworks, the teacher apart from the student, and three batches of two images."""
+    """Stage 2's, the teacher apart from the student, and three batches of two images."""
     torch.manual_seed(0)
     args = Namespace(backbone="resnet18", weights="none", width=8, alphas=[0, 0], corrector="eln")
     args.eln_backbone, args.eln_weights = args.backbone, args.weights
-    nets = train_stage2.SemiSupervisedNetworks(train_stage1.LabeledNetworks(3, args))
+    nets = train_stage1.make_networks(3, args)
+    nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
     for parameter in nets.teacher.parameters():
         parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
-    return nets.train(), torch.randn(3, 2, 3, 48, 48)
+    return nets, torch.randn(3, 2, 3, 48, 48)
 
 
-def test_labelling_leaves_no_trace_in_the_statistics(networks):
-    (nets, other), (image, image_u, strong) = [copy.deepcopy(networks[0]) for _ in range(2)], networks[1]
-    teacher, eln = copy.deepcopy(nets.teacher).eval(), copy.deepcopy(nets.labeled.eln).eval()
-    student = copy.deepcopy(nets.labeled.main)
-    with torch.no_grad():
-        logits, feature = teacher(image_u, embed=True)
-        valid = eln(train_stage2.eln_input(image_u, logits)).sigmoid().round() == 1
-    torch.manual_seed(0)
-    p = nets(image, image_u, strong)
-    assert torch.equal(p["pseudo_label"], logits.argmax(1)) and torch.equal(p["valid"], valid)
-    assert torch.equal(p["feature_t"], feature) and nets.labeled.eln.training
-    for value, before in zip(nets.teacher.state_dict().values(), teacher.state_dict().values()):
-        assert torch.equal(value, before)
-    torch.manual_seed(0)
-    other(image, 5 * image_u - 3, strong)  # another unlabelled image leaves the same statistics behind
-    for (name, value), theirs in zip(nets.state_dict().items(), other.state_dict().values()):
-        assert torch.equal(value, theirs), name
-    for view in (image, strong):  # the student's follow its two passes; none has dropout before the encoder's
-        student.encoder(view)
-    for value, expected in zip(nets.labeled.main.encoder.buffers(), student.encoder.buffers()):
-        torch.testing.assert_close(value, expected)
+def test_labels_come_from_fixed_statistics_and_before_the_step(folder_run, work, monkeypatch):
+    link(folder_run / "run", work / "run", "stage1.pt")
+    calls, forward, judge = [], DeepLabV3Plus.forward, ErrorLocalizationNetwork.forward
+
+    def spy(name, original):
+        def call(self, image, *args, **options):
+            calls.append((name, self.training, torch.is_grad_enabled(), id(self)))
+            return original(self, image, *args, **options)
+
+        return call
+
+    monkeypatch.setattr(DeepLabV3Plus, "forward", spy("main", forward))
+    monkeypatch.setattr(ErrorLocalizationNetwork, "forward", spy("ELN", judge))
+    monkeypatch.chdir(work)
+    command = "train_stage2.py --dataset folder --stage1 run/stage1.pt --iters 2 --device cpu --out spied"
+    monkeypatch.setattr(sys, "argv", command.split())
+    train_stage1.run_script("train_stage2.py", train_stage2.parse_args, train_stage2.train)
+    labelling = [("main", False, False), ("ELN", False, False)]
+    learning = [("main", True, True), ("ELN", True, True), ("main", True, True)]
+    step = [*labelling, *learning]
+    assert [call[:3] for call in calls[:10]] == step + step
+    teacher, eln, student, eln_again, student_again = (call[3] for call in calls[:5])
+    assert eln == eln_again and student == student_again and teacher != student
+    assert {call[:3] for call in calls[10:]} == {("main", False, False)}  # validation
 
 
 def test_gradients_reach_only_what_a_loss_trains(networks):
     def reached(*names):
-        nets, images = copy.deepcopy(networks[0]), networks[1]
-        p, label = nets(*images), torch.arange(2 * 48 * 48).reshape(2, 48, 48) % 3
-        f, f_t = (p[name].permute(0, 2, 3, 1).flatten(0, 2) for name in ("feature_s", "feature_t"))
+        nets, (image, image_u, strong) = copy.deepcopy(networks[0]), networks[1]
+        labels, _, feature_t = train_stage2.make_pseudo_labels(nets.eval().teacher, None, image_u, "none", 0)
+        nets.train()
+        logits, _, encoded = nets.main(image)
+        aux_logits, valid_logits = nets.auxiliary(image, logits, *encoded)
+        logits_u, feature_s, _ = nets.main(strong, embed=True)
+        label = torch.arange(2 * 48 * 48).reshape(2, 48, 48) % 3
+        f, f_t = (x.permute(0, 2, 3, 1).flatten(0, 2) for x in (feature_s, feature_t))
         y = torch.arange(len(f)) % 3
         values = {
-            "L_sup": losses.supervised_loss(p["logits"], label),
-            "L_aux": losses.auxiliary_loss(p["aux_logits"], p["logits"], label, [0, 0]),
-            "L_eln": losses.eln_loss(p["valid_logits"], [p["logits"], *p["aux_logits"]], label),
-            "L_pseudo": losses.pseudo_label_loss(p["logits_u"], p["pseudo_label"], torch.tensor(True)),
+            "L_sup": losses.supervised_loss(logits, label),
+            "L_aux": losses.auxiliary_loss(aux_logits, logits, label, [0, 0]),
+            "L_eln": losses.eln_loss(valid_logits, [logits, *aux_logits], label),
+            "L_pseudo": losses.pseudo_label_loss(logits_u, labels, torch.tensor(True)),
             "L_contra": losses.contrastive_loss(f, f_t, y, y),
         }
         sum(values[name] for name in names).backward()
         touched = [n for n, p in nets.named_parameters() if p.grad is not None and p.grad.any()]
-        return {name.removeprefix("labeled.").split(".")[0] for name in touched}
+        return {"eln" if "eln." in name else ".".join(name.split(".")[:2]) for name in touched}
 
-    assert reached("L_aux", "L_eln") == {"aux_decoders", "eln"}
-    assert reached("L_aux") == {"aux_decoders"}
-    assert reached("L_sup", "L_pseudo", "L_contra") == {"main"}
+    assert reached("L_eln") == {"eln"}
+    assert reached("L_aux") == {"auxiliary.decoders"}
+    assert reached("L_sup", "L_pseudo", "L_contra") == {"main.encoder", "main.decoder"}
 
 
 def write(name, content=b""):
