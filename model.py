@@ -196,7 +196,7 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, image, embed=False):
         """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.
 
-        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's low, high.
+        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's outputs
         """
         encoded = self.encoder(image)
         return *self.decoder(*encoded, image.shape[2:], embed), encoded

@@ -25,7 +25,8 @@ from data import DATASETS, InputError, check_files, make_loader, normalize, shar
 from eln import eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
-    auxiliary_loss, contrastive_loss, ema_update, eln_loss, pseudo_label_loss, supervised_loss, unlabeled_loss,
+    auxiliary_loss, contrastive_loss, ema_update, eln_loss, pseudo_label_loss, supervised_loss,
+    unlabeled_loss,
 )
 from train_stage1 import (
     AMP_TYPES, DEFAULTS, LABELED, SEED, Log, Watch, add_options, by_first, check_finite, default_out,
@@ -248,8 +249,8 @@ def train(args, rank, world, device):
 
         nets.train()
         optimizer.zero_grad(set_to_none=True)
-        # Each graph is freed by its own backward pass before the next is built: memory holds one at a time.
-        with main.no_sync() if world > 1 else nullcontext():  # the student's last pass averages both gradients
+        # Each backward pass frees its graph before the next is built, so that memory holds one at a time.
+        with main.no_sync() if world > 1 else nullcontext():  # averaged with those of the student's next pass
             with autocast():
                 logits, _, encoded = main(image)
             L_sup = share * supervised_loss(logits, label)  # Eq. (2)

@@ -41,7 +41,6 @@ class Stub(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("statistic", torch.zeros(1))
         self.seen = []
 
     def forward(self, X, embed=False):
@@ -112,8 +111,7 @@ def test_score_counts_each_image_once_at_both_resolutions(tmp_path, monkeypatch,
         want["original"] += confusion(bilinear(logits, H, W).argmax(0).tolist(), label.tolist())
     dataset = Dataset("folder", files, [], list(files), list("abc"), voc_palette(), crop)
     assert crop == torch.equal(want["resized"], want["original"])
-    summed, sent = [], []
-    monkeypatch.setattr(evaluate.dist, "broadcast", lambda tensor, source: sent.append((id(tensor), source)))
+    summed = []
     monkeypatch.setattr(evaluate.dist, "all_reduce", summed.append)  # the test adds the processes up itself
     for world in (1, 2, 3):
         network = Stub().train()
@@ -122,9 +120,7 @@ def test_score_counts_each_image_once_at_both_resolutions(tmp_path, monkeypatch,
             assert torch.equal(sum(part[name] for part in parts), want[name])
         assert sorted(network.seen) == [17, 57, 97, 137, 177]
         assert len(summed) == (world if world > 1 else 0)
-        assert sent == [(id(network.statistic), 0)] * len(summed)  # all score with the first one's BatchNorm
         summed.clear()
-        sent.clear()
 
 
 def average_precision(scores, wrong):
@@ -336,7 +332,7 @@ def test_code_in_a_checkpoint_never_runs(tmp_path):
 def networks():
     """Networks whose BatchNorm statistics are not those of fresh ones."""
     torch.manual_seed(0)
-    nets = make_networks(C, ARGS).train()
+    nets = make_networks(C, ARGS).train().to(memory_format=torch.channels_last)  # as the scripts do
     image = torch.randn(2, 3, 32, 32) + 1
     with torch.no_grad():
         logits, _, encoded = nets.main(image)
