@@ -212,7 +212,7 @@ def resolve_amp(amp, device):
 
 def parallel(module, world):
     """The module, and under several processes one that averages their gradients."""
-    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False) if world > 1 else module
+    return nn.parallel.DistributedDataParallel(module) if world > 1 else module
 
 
 def same_statistics(nets, world, device):
