@@ -222,6 +222,7 @@ def error_localization(network, eln, scenes, threshold):
     Returns {method: {"correct": ..., "error": ..., "AP": number}}. "correct" and "error", as the positive
     class, hold {"image": (3,), "pooled": (3,)}: precision, recall and F1 averaged over images (where
     defined), and over all pixels. AP is the average precision at ranking errors first. Void is left out.
+    The method "none" rejects nothing; the others should do better than that.
     """
     rankings, counts = {}, {}
     for X, label, _ in scenes:
@@ -235,6 +236,7 @@ def error_localization(network, eln, scenes, threshold):
         methods = {
             "confidence": (-torch.logit(confidence, eps=1e-12), confidence <= threshold),
             "entropy": (entropy.clamp(min=1e-12).log(), None),
+            "none": (torch.zeros_like(entropy), torch.zeros_like(wrong)),
         }
         if eln is not None:
             output = eln(eln_input(X, logits))

@@ -185,12 +185,12 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
         return valid[i][None]
 
     table = evaluate.error_localization(network, eln if with_eln else None, scenes, threshold)
-    assert list(table) == (["ELN"] if with_eln else []) + ["confidence", "entropy"]
-    images = {"ELN": [], "confidence": []}  # per image (wrong, rejected) lists
-    doubts = {"ELN": [], "confidence": [], "entropy": []}
+    assert list(table) == (["ELN"] if with_eln else []) + ["confidence", "entropy", "none"]
+    images = {"ELN": [], "confidence": [], "none": []}  # per image (wrong, rejected) lists
+    doubts = {"ELN": [], "confidence": [], "entropy": [], "none": []}
     errors = []
     for i in range(5):
-        rows = {"ELN": ([], []), "confidence": ([], [])}
+        rows = {"ELN": ([], []), "confidence": ([], []), "none": ([], [])}
         for y in range(H):
             for x in range(W):
                 if truth[i, y, x] == 255:
@@ -199,12 +199,15 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
                 P = [power / sum(powers) for power in powers]
                 wrong = P.index(max(P)) != truth[i, y, x]
                 errors.append(bool(wrong))
-                for name, refused in (("ELN", valid[i, y, x] <= 0), ("confidence", max(P) <= threshold)):
+                confident = max(P) > threshold
+                refusals = ("ELN", valid[i, y, x] <= 0), ("confidence", not confident), ("none", False)
+                for name, refused in refusals:
                     rows[name][0].append(bool(wrong))
                     rows[name][1].append(bool(refused))
                 doubts["ELN"].append(-float(valid[i, y, x]))
                 doubts["confidence"].append(-max(P))
                 doubts["entropy"].append(-sum(p * math.log(p) for p in P))
+                doubts["none"].append(0.0)
         for name in rows:
             images[name].append(rows[name])
 
@@ -220,8 +223,8 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
             turned = [[[flag == error for flag in flags] for flags in image] for image in images[name]]
             each = torch.tensor([literal_rates(*image) for image in turned]).double()
             pooled = literal_rates(*(sum((image[k] for image in turned), []) for k in (0, 1)))
-            assert table[name][positive]["image"] == pytest.approx(each.nanmean(0).tolist(), abs=1e-6)
-            assert table[name][positive]["pooled"] == pytest.approx(pooled)
+            assert table[name][positive]["image"] == pytest.approx(each.nanmean(0).tolist(), abs=1e-6, nan_ok=True)
+            assert table[name][positive]["pooled"] == pytest.approx(pooled, nan_ok=True)
 
 
 @pytest.mark.parametrize("C", [2, 5])
