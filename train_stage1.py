@@ -562,7 +562,7 @@ def train(args, rank, world, device):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     joint = start > args.pretrain_iters
     trained = [nets.main, nets.auxiliary] if joint else [nets.main]
-    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay, fused=True)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
     seconds, skipped, best = 0.0, (0, 0), {}

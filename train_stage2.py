@@ -193,7 +193,7 @@ def train(args, rank, world, device):
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     student, teacher, eln = nets.main, nets.teacher, nets.auxiliary.eln if judged else None
     trained = [student, nets.auxiliary] if judged else [student]
-    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay, fused=True)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
