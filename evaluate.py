@@ -89,7 +89,7 @@ def load_student(path, device="cpu"):
 
 def load_eln(path, checkpoint, device="cpu"):
     """ELN, or the s-ECN, in eval mode from a checkpoint that was read from `path`; None if it has none."""
-    networks = checkpoint["networks"]  
+    networks = checkpoint["networks"]
     state = {key.split("eln.", 1)[1]: value for key, value in networks.items() if "eln." in key}
     if not state:
         return None
@@ -357,7 +357,7 @@ def compare(runs, stage=None):
         deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.2f}{deviation}" if values else ""
 
-    lines = ["| run | number | mIoU | best | teacher | best | steps |", "| --- " * 7 + "|"]
+    lines = ["| run | number | mIoU | best | teacher | its best | steps |", "| --- " * 7 + "|"]
     for (name, settings), entries in groups.items():
         peers = [json.loads(other) for stage_name, other in groups if stage_name == name]
         differing = [

@@ -79,16 +79,15 @@ class AuxiliaryNetworks(nn.Module):
         )
 
     def forward(self, image, logits, low, high):
-        """X (B, 3, H, W), P and E(X) of the main network -> aux_logits, valid_logits.
+        """X (B, 3, H, W), and the main network's logits, low, high for it -> aux_logits, valid_logits.
 
         Lists of K (B, C, H, W) and K+1 (B, H, W); with the s-ECN the latter are K+1 corrections (B, C, H, W).
         No gradient reaches the main network: its outputs are detached here.
         """
         size = image.shape[2:]
         aux_logits = [decoder(low.detach(), high.detach(), size)[0] for decoder in self.decoders]
-        judged = [eln_input(image, P) for P in (logits, *aux_logits)]  # K+1 of (B, 3+C+1, H, W), detached
-        valid_logits = self.eln(torch.cat(judged)).chunk(len(judged))
-        return aux_logits, valid_logits
+        judged = torch.cat([eln_input(image, P) for P in (logits, *aux_logits)])  # detached there
+        return aux_logits, self.eln(judged).chunk(1 + len(aux_logits))
 
 
 def make_networks(num_classes, args, auxiliary=True):
@@ -216,7 +215,7 @@ def parallel(module, world):
 
 
 def same_statistics(nets, world, device):
-    """BatchNorm's running statistics of the first process for all. On GPUs SyncBatchNorm's are the same."""
+    """The first process's BatchNorm statistics for all. SyncBatchNorm's, on GPUs, are equal already."""
     if world > 1 and device.type == "cpu":
         for buffer in nets.buffers():
             dist.broadcast(buffer, 0)
@@ -277,8 +276,8 @@ class Watch:
     def look(self, step, row, optimizer, scaler, world):
         """The step's losses, {name: scalar tensor}, as numbers, averaged over processes.
 
-        The one time in a step that the host waits for a GPU. PyTorch waits by itself in SyncBatchNorm, in
-        scaler.step with float16, and where train_stage2.contrast_labels copies its random numbers.
+        The one time in a step that the host waits for a GPU. PyTorch waits by itself in SyncBatchNorm, and
+        where train_stage2.contrast_labels copies its random numbers.
         Raises Stopped if a loss is not finite, or the gradient; with float16, SKIPS gradients in a row.
         """
         gradient = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -488,15 +487,12 @@ def check_finite(nets, optimizer, done):
 
 
 def peak_memory(device):
-    """GiB at most so far: the tensors on a GPU, or else the whole process; None where that cannot be told."""
+    """GiB at most so far, on a GPU of tensors, else of this process (None: not Linux, which alone tells)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
-    try:
-        import resource  # Windows has none
-    except ImportError:
-        return None
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((round(int(line.split()[1]) / 2**20, 2) for line in lines if line.startswith("VmHWM")), None)
 
 
 def write_result(out, stage, args, steps, seconds, device, skipped, scores, best):
@@ -544,7 +540,7 @@ def run_script(name, parse, train):
 
 
 def train(args, rank, world, device):
-    """Stage 1, Sec. 3.1: each step is batch, forward, losses, backward, optimizer, log, save."""
+    """Stage 1, Sec. 3.1: each step is batch, forward and backward of each loss, optimizer, log, save."""
     out, steps = Path(args.out), args.pretrain_iters + args.eln_iters
     path = out / "stage1.pt"
     dataset, run, checkpoint = open_run(args, STAGE, device)
@@ -617,7 +613,7 @@ def train(args, rank, world, device):
         L_sup = share * supervised_loss(logits, label)  # Eq. (2)
         scaler.scale(L_sup).backward()
         row = {"L_sup": L_sup}
-        if joint:  # the rest of Eq. (7); its graph is apart, and is built when the first one is freed
+        if joint:  # the rest of Eq. (7): a separate graph, built after the first one has been freed
             with autocast():
                 aux_logits, valid_logits = auxiliary(image, logits, *encoded)
             L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
@@ -652,6 +648,7 @@ def train(args, rank, world, device):
             by_first(rank, world, device, store, done, last and scores)
         if watch.stop and not last:
             raise watch.stopped(path, done)
+        logits = encoded = aux_logits = valid_logits = None  # frees their memory for the next step
     log.show(f"stage 1: mIoU {scores['mIoU']:.2f}  ({out / 'student_stage1.pt'})")
 
 

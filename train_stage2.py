@@ -45,13 +45,14 @@ FROM_STAGE1 = (
 
 
 @torch.no_grad()
-def make_pseudo_labels(teacher, eln, image_u, filter, threshold):
+def make_pseudo_labels(teacher, eln, image_u, filter, threshold, embed=True):
     """The teacher labels unlabelled images X (B, 3, H, W), and the filter says which labels count.
 
     eln may be None where the filter needs none. Networks are in eval mode: fixed statistics, no dropout.
-    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, stride 4), f~.
+    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, stride 4), f~,
+    or None without embed.
     """
-    logits, feature_t, _ = teacher(image_u, embed=True)
+    logits, feature_t, _ = teacher(image_u, embed)
     pseudo_label = logits.argmax(dim=1)
     valid = torch.ones_like(pseudo_label, dtype=torch.bool)
     if filter == "eln":
@@ -164,7 +165,8 @@ def parse_args(argv=None):
 
 
 def train(args, rank, world, device):
-    """Stage 2, Sec. 3.2: each step is batches, forward, losses, backward, optimizer, EMA, log, save."""
+    """Stage 2, Sec. 3.2: a step is batches, pseudo labels, forward and backward of each loss, optimizer, EMA,
+    log, save."""
     out, path = Path(args.out), Path(args.out) / "stage2.pt"
     dataset, run, checkpoint = open_run(args, STAGE, device)
     start = checkpoint["step"] if checkpoint else 0
@@ -180,19 +182,21 @@ def train(args, rank, world, device):
         raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
 
     torch.manual_seed(args.seed)
-    judged = args.filter in ("eln", "ecn")  # else auxiliary decoders and ELN are neither built nor trained
-    nets = make_networks(len(dataset.classes), untrained(args), judged)
+    with_eln = args.filter in ("eln", "ecn")  # else auxiliary decoders and ELN are neither built nor trained
+    nets = make_networks(len(dataset.classes), untrained(args), with_eln)
     wanted = nets.state_dict().keys()
     state = {key: value for key, value in stage1["networks"].items() if key in wanted}
     fill(nets, state, args.stage1)
     del stage1, state
     nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
     nets = nets.to(device, memory_format=torch.channels_last)
-    nets.main.decoder.proj.requires_grad_("contra" in args.losses)
+    with_contrast = "contra" in args.losses
+    nets.main.decoder.proj.requires_grad_(with_contrast)
     if world > 1 and device.type == "cuda":
         nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    student, teacher, eln = nets.main, nets.teacher, nets.auxiliary.eln if judged else None
-    trained = [student, nets.auxiliary] if judged else [student]
+    student, teacher = nets.main, nets.teacher
+    eln = nets.auxiliary.eln if with_eln else None
+    trained = [student, nets.auxiliary] if with_eln else [student]
     optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay, fused=True)
     amp = AMP_TYPES[args.amp]
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -202,7 +206,7 @@ def train(args, rank, world, device):
         seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
         del checkpoint
     main = parallel(student, world)
-    auxiliary = parallel(nets.auxiliary, world) if judged else None
+    auxiliary = parallel(nets.auxiliary, world) if with_eln else None
 
     def loader(ids, labeled, kind):
         stream = (args.seed, STAGE, kind)
@@ -211,7 +215,7 @@ def train(args, rank, world, device):
 
     batches = zip(loader(run["labeled"], True, LABELED), loader(run["unlabeled"], False, UNLABELED))
     fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
-    if judged:
+    if with_eln:
         fields += judgement_fields(len(args.alphas))
     fields += ["mIoU", "mIoU_teacher", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
     log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
@@ -244,20 +248,22 @@ def train(args, rank, world, device):
 
         nets.eval()  # teacher and ELN label with fixed statistics, before they learn from this step
         with autocast():
-            labels = make_pseudo_labels(teacher, eln, image_u, args.filter, args.threshold)
-        pseudo_label, valid, feature_t = labels
+            pseudo_label, valid, feature_t = make_pseudo_labels(
+                teacher, eln, image_u, args.filter, args.threshold, with_contrast
+            )
 
         nets.train()
         optimizer.zero_grad(set_to_none=True)
-        # Each backward pass frees its graph before the next is built, so that memory holds one at a time.
-        with main.no_sync() if world > 1 else nullcontext():  # averaged with those of the student's next pass
+        # Each backward pass frees its graph before the next is built, so that memory holds one at a time. The
+        # student's second pass averages over processes what both have added up: hence no_sync in the first.
+        with main.no_sync() if world > 1 else nullcontext():
             with autocast():
                 logits, _, encoded = main(image)
             L_sup = share * supervised_loss(logits, label)  # Eq. (2)
             scaler.scale(L_sup).backward()
         row = {"L_sup": L_sup}
 
-        if judged:  # the rest of Eq. (7)
+        if with_eln:  # the rest of Eq. (7)
             with autocast():
                 aux_logits, valid_logits = auxiliary(image, logits, *encoded)
             L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
@@ -269,13 +275,13 @@ def train(args, rank, world, device):
             row.update(L_aux=L_aux, L_eln=L_eln)
 
         with autocast():
-            logits_u, feature_s, _ = main(image_u_strong, embed=True)
+            logits_u, feature_s = main(image_u_strong, with_contrast)[:2]
         L_pseudo = share * pseudo_label_loss(logits_u, pseudo_label, valid)  # Eq. (9)
         L_pseudo = L_pseudo * ("pseudo" in args.losses)  # 0 rather than left out: DDP needs every parameter
         L_contra = L_pseudo.new_zeros(())
         if "pseudo" in args.losses:
             row["L_pseudo"] = L_pseudo
-        if "contra" in args.losses:
+        if with_contrast:
             features = feature_s, feature_t, pseudo_label, valid
             f, f_t, label_s, label_t, share_V = contrast_batch(*features, args, step, rank, world)
             L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
@@ -297,7 +303,7 @@ def train(args, rank, world, device):
         if validate or write:
             rate = log.steps_per_second(done)
             row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
-            if judged:
+            if with_eln:
                 row.update(judgement(logits, aux_logits, valid_logits, label, world))
             if validate:
                 for name, network in (("mIoU", student), ("mIoU_teacher", teacher)):
@@ -311,6 +317,7 @@ def train(args, rank, world, device):
             by_first(rank, world, device, store, done, last and scores)
         if watch.stop and not last:
             raise watch.stopped(path, done)
+        logits = encoded = aux_logits = valid_logits = logits_u = feature_s = feature_t = None  # frees memory
     log.show(f"stage 2: mIoU {scores['mIoU']:.2f}  ({out / 'student_stage2.pt'})")
 
 

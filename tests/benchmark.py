@@ -1,11 +1,11 @@
 """Seconds and memory of training, Eq. (10), loader and evaluation, as Markdown. Not a test; CI leaves it out.
 
     python tests/benchmark.py                                          # small networks, for a CPU
-    python tests/benchmark.py --device cuda --backbone resnet50 --eln-backbone resnet34 --width 256 \
-        --size 512 512 --batch-size 6 --sizes 4096 98304
+    python tests/benchmark.py --device cuda --amp bfloat16 --workers 4 --backbone resnet50 \
+        --eln-backbone resnet34 --width 256 --size 512 512 --batch-size 6 --sizes 4096 98304
 
-Steps are those of the scripts, run as a user runs them, on JPEG images drawn here. Seconds are medians after
-warm-up; a FLOP is an addition or a multiplication.
+Steps are those of the scripts, run as a user runs them, on JPEG images drawn here; their seconds are without
+the rows of the log. Seconds are medians after warm-up; a FLOP is an addition or a multiplication.
 """
 
 import argparse
@@ -40,11 +40,12 @@ WARM_UP = 2  # rows of a log, or calls
 def table(title, head, rows):
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}", flush=True)
     for row in rows:
-        print(f"| {' | '.join(cell if isinstance(cell, str) else f'{cell:.3g}' for cell in row)} |", flush=True)
+        cells = [cell if isinstance(cell, str) else f"{cell:,.{3 if cell < 1000 else 9}g}" for cell in row]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def draw_images(folder, number, size):
-    """The layout of --dataset folder: noise that JPEG finds as hard as photographs, rectangles as masks."""
+    """The layout of --dataset folder: smooth noise, masks of squares; the last two images for validation."""
     rng = np.random.default_rng(0)
     for kind in ("images", "masks"):
         (folder / kind).mkdir(parents=True)
@@ -125,11 +126,6 @@ def gigabytes_of(args, call):
         return float("nan")
 
 
-def autocast(args):
-    kind = AMP_TYPES.get(args.amp)
-    return torch.autocast(args.device, kind, enabled=kind is not None)
-
-
 def reference_seconds(args, images):
     """A training step of torchvision's deeplabv3_resnet50, AdamW and cross-entropy."""
     network = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=C)
@@ -139,7 +135,8 @@ def reference_seconds(args, images):
     Y = torch.randint(C, (images, *args.size), device=args.device)
 
     def step():
-        with autocast(args):
+        kind = AMP_TYPES[args.amp]
+        with torch.autocast(args.device, kind, enabled=kind is not None):
             logits = network(X)["out"]
         optimizer.zero_grad(set_to_none=True)
         supervised_loss(logits, Y).backward()
@@ -161,14 +158,14 @@ def paper_flops(args):
     B, (H, W) = args.batch_size, args.size
     with torch.device("meta"):
         nets = make_networks(C, args)
-        X, judged = torch.empty(B, 3, H, W), torch.empty(B, 3 + C + 1, H, W)
+        X, x = torch.empty(B, 3, H, W), torch.empty(B, 3 + C + 1, H, W)
         low, high = (x.detach() for x in nets.main.encoder(X))
         main = flops_of(lambda: nets.main(X)[:1])
         aux = flops_of(lambda: nets.auxiliary.decoders[0](low, high, (H, W)))
-        eln = flops_of(lambda: [nets.auxiliary.eln(judged)])
+        eln = flops_of(lambda: [nets.auxiliary.eln(x)])
         student = flops_of(lambda: nets.main(X, embed=True)[:2])
         labels = flops_of(lambda: nets.main(X, embed=True), backward=False)
-        labels += flops_of(lambda: nets.auxiliary.eln(judged), backward=False)
+        labels += flops_of(lambda: nets.auxiliary.eln(x), backward=False)
     K = len(args.alphas)
     joint = main + K * aux + (K + 1) * eln
     return main, joint, joint + student + labels
@@ -176,31 +173,35 @@ def paper_flops(args):
 
 def convolution_rate(args):
     """FLOP/s of a decoder's 3x3 convolution at stride 4, forward and backward."""
-    conv = torch.nn.Conv2d(args.width, args.width, 3, padding=1, bias=False, device=args.device)
+    kind, n = AMP_TYPES[args.amp] or torch.float32, 10
+    conv = torch.nn.Conv2d(args.width, args.width, 3, padding=1, bias=False, device=args.device, dtype=kind)
     conv = conv.to(memory_format=torch.channels_last)
     shape = args.batch_size, args.width, args.size[0] // 4, args.size[1] // 4
-    x = torch.randn(shape, device=args.device).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(shape, device=args.device, dtype=kind).to(memory_format=torch.channels_last)
+    x, gradient = x.requires_grad_(), torch.ones_like(x)
 
     def call():
-        with autocast(args):
-            y = conv(x)
-        y.backward(torch.ones_like(y))
+        for _ in range(n):
+            torch.autograd.grad(conv(x), (x, conv.weight), gradient)
 
-    return flops_of(lambda: [conv(x)]) / timed(args, call)
+    return n * flops_of(lambda: [conv(x)]) / timed(args, call)
 
 
 def steps(args, work):
     seconds, memory = train_both(args, work, "run")
     floor, rate = paper_flops(args), convolution_rate(args)
-    references = [reference_seconds(args, args.batch_size)] * 2 + [reference_seconds(args, 2 * args.batch_size)]
+    one, two = (reference_seconds(args, images) for images in (args.batch_size, 2 * args.batch_size))
     rows = [
         (name, s, s / reference, f / 1e9, s * rate / f, gib)
         for name, s, reference, f, gib in zip(
-            ("pre-training", "stage 1", "stage 2"), seconds, references, floor, (memory[0], *memory)
+            ("pre-training", "stage 1", "stage 2"), seconds, (one, one, two), floor, ("", *memory)
         )
     ]
-    head = ["step", "seconds", "of deeplabv3_resnet50", "GFLOP", "time over floor", "peak GiB of the stage"]
-    table(f"A step; the floor's rate is {rate / 1e9:.0f} GFLOP/s", head, rows)
+    head = ["step", "seconds", "over torchvision's", "GFLOP", "over its convolutions'", "peak GiB"]
+    table(
+        "A step: seconds; over those of torchvision's deeplabv3_resnet50 on as many images; over those that "
+        f"the paper's FLOPs take at the rate of one 3x3 convolution, {rate / 1e9:.0f} GFLOP/s", head, rows
+    )
 
 
 def scaling(args, work):
@@ -222,7 +223,8 @@ def contrast(args, work):
                 f.grad = None
                 contrastive_loss(f, f_t, label, label, chunk=chunk).backward()
 
-            products = (3 if chunk is None else 4) * 2 * n * n * 128
+            call()
+            products = (2 if chunk is None else 3) * 2 * n * n * 128  # keys have no gradient
             memory, seconds = gigabytes_of(args, call), timed(args, call)
             rows.append((str(n), str(chunk), seconds, memory, products / seconds / 1e9))
     table("Eq. (10)", ["pixels", "chunk", "seconds", "extra GiB", "GFLOP/s of its products"], rows)
@@ -233,44 +235,54 @@ def loading(args, work):
     rows = []
     for workers in (0, args.workers) if args.workers else (0,):
         for labeled in (True, False):
-            number = WARM_UP + 4 * args.repeats
-            stream = (0, 1, 0)
+            warm_up = WARM_UP + 2 * workers  # workers run ahead
+            number = warm_up + 10 * args.repeats
+            of_steps = (0, 1, 0), 0, number  # seeds; first and last step
             batches = iter(make_loader(
-                dataset, dataset.train, args.size, labeled, args.batch_size, stream, 0, number, workers=workers
+                dataset, dataset.train, args.size, labeled, args.batch_size, *of_steps, workers=workers
             ))
-            for _ in range(WARM_UP):
+            for _ in range(warm_up):
                 next(batches)
             began = time.perf_counter()
-            done = sum(args.batch_size for _ in batches)
-            kind = "labelled" if labeled else "unlabelled"
-            rows.append((kind, str(workers), done / (time.perf_counter() - began)))
+            images = sum(args.batch_size for _ in batches)
+            kind = "labelled" if labeled else "unlabelled, two views"
+            rows.append((kind, str(workers), images / (time.perf_counter() - began)))
     table("The loader alone", ["images", "workers", "images/s"], rows)
     began = time.perf_counter()
     command = [sys.executable, ROOT / "train_stage1.py", "--log-every", "1", "--out", work / "start"]
+    command += ["--device", args.device]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        next(line for line in process.stdout if line.startswith("1/"))
-        print(f"\nFrom the command to the first step of `shapes`: {time.perf_counter() - began:.1f} s")
+        if any(line.startswith("1/") for line in process.stdout):
+            seconds = time.perf_counter() - began
+            print(f"\nFrom the command to the end of the first step of `shapes`: {seconds:.1f} s")
         process.kill()
 
 
 def evaluation(args, work):
     rows, device = [], torch.device(args.device)
-    dataset = load_dataset("folder", work / "data")
     network = make_networks(C, args, auxiliary=False).main.to(device, memory_format=torch.channels_last)
     for size in (args.size, [1024, 2048]):
-        memory = gigabytes_of(args, lambda: score(network, dataset, size, device))
-        seconds = timed(args, lambda: score(network, dataset, size, device))
+        folder = work / f"evaluation-{size[0]}"
+        draw_images(folder, 3, size)
+        dataset = load_dataset("folder", folder)
+
+        def call():
+            score(network, dataset, size, device)
+
+        call()
+        memory, seconds = gigabytes_of(args, call), timed(args, call)
         rows.append((f"{size[0]}x{size[1]}", len(dataset.val) / seconds, memory))
     table("Evaluation", ["size", "images/s", "extra GiB"], rows)
 
 
-PARTS = {"steps": steps, "scaling": scaling, "contrast": contrast, "loading": loading, "evaluation": evaluation}
+PARTS = {part.__name__: part for part in (steps, scaling, contrast, loading, evaluation)}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all, scaling on a CPU only")
+    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all, scaling on a CPU only")
     add("--device", choices=("cpu", "cuda"), default="cpu")
     add("--amp", choices=AMP_TYPES, default="off")
     add("--backbone", default="resnet18")

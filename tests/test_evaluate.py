@@ -223,7 +223,8 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
             turned = [[[flag == error for flag in flags] for flags in image] for image in images[name]]
             each = torch.tensor([literal_rates(*image) for image in turned]).double()
             pooled = literal_rates(*(sum((image[k] for image in turned), []) for k in (0, 1)))
-            assert table[name][positive]["image"] == pytest.approx(each.nanmean(0).tolist(), abs=1e-6, nan_ok=True)
+            each = pytest.approx(each.nanmean(0).tolist(), abs=1e-6, nan_ok=True)
+            assert table[name][positive]["image"] == each
             assert table[name][positive]["pooled"] == pytest.approx(pooled, nan_ok=True)
 
 

@@ -447,6 +447,15 @@ def test_labels_come_from_fixed_statistics_and_before_the_step(folder_run, work,
     assert {call[:3] for call in calls[10:]} == {("main", False, False)}  # validation
 
 
+def test_after_a_step_all_processes_have_the_first_ones_statistics(networks, monkeypatch):
+    sent, buffers = [], [(id(buffer), 0) for buffer in networks[0].buffers()]
+    monkeypatch.setattr(train_stage1.dist, "broadcast", lambda tensor, rank: sent.append((id(tensor), rank)))
+    for world, device, expected in ((1, "cpu", []), (3, "cuda", []), (3, "cpu", buffers)):
+        train_stage1.same_statistics(networks[0], world, torch.device(device))
+        assert sent == expected
+    assert len(sent) > 200
+
+
 def test_gradients_reach_only_what_a_loss_trains(networks):
     def reached(*names):
         nets, (image, image_u, strong) = copy.deepcopy(networks[0]), networks[1]
