@@ -301,7 +301,7 @@ def test_the_s_ecn_of_both_stages(folder_run, work):
     finishes(work, *STAGE1, *LISTED, *options)
     L_ecn = [float(row["L_eln"]) for row in rows(work / "ecn/log_stage1.csv")[1:]]
     assert all(value > 0.5 for value in L_ecn)  # about log 3: Eq. (6) would be far less
-    assert load(work / "ecn/stage1.pt")["networks"]["eln.decoder.seg.2.weight"].shape[0] == 3
+    assert load(work / "ecn/stage1.pt")["networks"]["auxiliary.eln.decoder.seg.2.weight"].shape[0] == 3
     stage2 = "train_stage2.py --dataset folder --stage1 ecn/stage1.pt --iters 2 --device cpu".split()
     refused(work, *stage2, "--filter", "eln", says="--filter eln ecn/stage1.pt")
     refused(work, *NEW2, folder_run / "run/stage1.pt", "--filter", "ecn", says="--filter ecn run/stage1.pt")
