@@ -40,7 +40,7 @@ WARM_UP = 2  # rows of a log, or calls
 def table(title, head, rows):
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}", flush=True)
     for row in rows:
-        cells = [cell if isinstance(cell, str) else f"{cell:,.{3 if cell < 1000 else 9}g}" for cell in row]
+        cells = [x if isinstance(x, str) else f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in row]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
