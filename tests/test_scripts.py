@@ -456,6 +456,65 @@ def test_after_a_step_all_processes_have_the_first_ones_statistics(networks, mon
     assert len(sent) > 200
 
 
+@pytest.mark.parametrize("stage, options", [(1, "--alphas 0 0"), (2, ""), (2, "--filter none")])
+def test_a_step_has_the_gradient_of_the_sum_of_its_losses(folder_run, work, monkeypatch, stage, options):
+    """The loops run a backward pass for each loss; here one graph has them all."""
+    script = train_stage1 if stage == 1 else train_stage2
+    nets, images, labels, gradient = [], [], [], []
+
+    def keep(into, original, copied=lambda result: result):
+        def call(*args):
+            result = original(*args)
+            into.append(copied(result))
+            return result
+
+        return call
+
+    def look(self, step, row, optimizer, *rest):
+        gradient.extend(p.grad.clone() for group in optimizer.param_groups for p in group["params"])
+        return watched(self, step, row, optimizer, *rest)
+
+    watched = train_stage1.Watch.look
+    monkeypatch.setattr(train_stage1.Watch, "look", look)
+    monkeypatch.setattr(script, "parallel", keep(nets, script.parallel, copy.deepcopy))
+    monkeypatch.setattr(script, "normalize", keep(images, script.normalize))
+    loss = script.supervised_loss
+    monkeypatch.setattr(script, "supervised_loss", lambda P, Y: labels.append(Y) or loss(P, Y))
+    monkeypatch.chdir(work)
+    link(folder_run / "run", work / "run", "stage1.pt")
+    command = "train_stage2.py --dataset folder --stage1 run/stage1.pt --iters 1".split()
+    if stage == 1:
+        command = [*STAGE1, *LISTED, *"--pretrain-iters 0 --eln-iters 1".split()]
+    command += [*options.split(), "--device", "cpu", "--out", "once"]
+    monkeypatch.setattr(sys, "argv", [str(part) for part in command])
+    train_stage1.run_script(command[0], script.parse_args, script.train)
+
+    args = Namespace(**load(work / f"once/stage{stage}.pt")["args"])
+    student, auxiliary, label = nets[0], nets[1] if len(nets) == 2 else None, labels[0]
+    if stage == 2:
+        image_u, strong = images[1:3]
+        labelled_by = copy.deepcopy(student).eval(), auxiliary and copy.deepcopy(auxiliary.eln).eval()
+        made, valid, f_t = train_stage2.make_pseudo_labels(*labelled_by, image_u, args.filter, args.threshold)
+    torch.manual_seed(train_stage1.step_seed(args.seed, stage, 0, 0))
+    logits, _, encoded = student.train()(images[0])
+    total = losses.supervised_loss(logits, label)
+    if auxiliary:
+        aux_logits, valid_logits = auxiliary.train()(images[0], logits, *encoded)
+        L_aux = losses.auxiliary_loss(aux_logits, logits, label, args.alphas)
+        total = losses.labeled_loss(total, L_aux, losses.eln_loss(valid_logits, [logits, *aux_logits], label))
+    if stage == 2:
+        logits_u, f, _ = student(strong, embed=True)
+        *pairs, share_V = train_stage2.contrast_batch(f, f_t, made, valid, args, 0, 0, 1)
+        L_contra = share_V * losses.contrastive_loss(*pairs, args.tau)
+        total = total + losses.unlabeled_loss(losses.pseudo_label_loss(logits_u, made, valid), L_contra)
+    total.backward()
+    groups = train_stage1.parameter_groups([student, auxiliary] if auxiliary else [student], args)
+    expected = [p.grad for group in groups for p in group["params"]]
+    assert len(gradient) == len(expected) and sum(bool(g.any()) for g in expected) > 60
+    for got, want in zip(gradient, expected):
+        assert (got - want).abs().max() <= 1e-3 * want.abs().max() + 1e-7
+
+
 def test_gradients_reach_only_what_a_loss_trains(networks):
     def reached(*names):
         nets, (image, image_u, strong) = copy.deepcopy(networks[0]), networks[1]
