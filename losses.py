@@ -184,32 +184,35 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
     their sum). An anchor without a positive gives 0 and still counts in |V|; an empty V gives 0.
     """
     dtype = torch.promote_types(anchor.dtype, torch.float32)
-    floor = torch.finfo(dtype).min / 2  # exp(floor) = 0, but finite: -inf - -inf would be NaN
 
-    def rows_loss(f, label):
-        similarity = f @ f_teacher.T / tau  # (n, M): log d(f_i, f~_j)
-        same = label[:, None] == key_label[None, :]
-        positive = same & in_v[None, :]
-        log_negatives = similarity.masked_fill(same | ~in_v, floor).logsumexp(dim=1, keepdim=True)
-        log_ratio = F.logsigmoid(similarity - log_negatives)  # log d/(d + n) = log sigmoid(log d - log n)
-        positives = positive.sum(dim=1).to(dtype)
-        return -(positive * log_ratio).sum(dim=1) / positives.clamp(min=1)  # (n,)
+    def by_class(x, label):  # {class: its rows of x}; the one part that waits for a GPU
+        label, order = label.sort()
+        classes, counts = label.unique_consecutive(return_counts=True)
+        return dict(zip(classes.tolist(), x[order].split(counts.tolist())))
 
-    with torch.autocast(anchor.device.type, enabled=False):  # else the product is in half precision again
-        f = F.normalize(anchor.to(dtype), dim=1)
+    def rows_loss(f, f_p, f_n):  # anchors (n, D) of one class; positives (p, D) and negatives (q, D) of all
+        log_negatives = (f @ f_n.T).logsumexp(dim=1, keepdim=True)  # (n, 1); -inf if q = 0
+        log_ratio = F.logsigmoid(f @ f_p.T - log_negatives)  # (n, p); log d/(d+s) = logsigmoid(log d - log s)
+        return -log_ratio.mean(dim=1).sum()
+
+    with torch.autocast(anchor.device.type, enabled=False):  # else the products are in half precision again
+        f = F.normalize(anchor.to(dtype), dim=1) / tau  # f @ f~ = cos / tau = log d
         f_teacher = F.normalize(key.detach().to(dtype), dim=1)
-        in_v = key_label != ignore_index  # (M,)
-        if chunk is None:
-            losses = rows_loss(f, anchor_label)
-        else:
-            losses = torch.cat(
-                [
-                    torch.utils.checkpoint.checkpoint(rows_loss, rows, label, use_reentrant=False)
-                    for rows, label in zip(f.split(chunk), anchor_label.split(chunk))
-                ]
-            )
-        counted = anchor_label != ignore_index  # (N,)
-        return (counted * losses).sum() / counted.sum().to(dtype).clamp(min=1)
+        keys = by_class(f_teacher, key_label)
+        keys.pop(ignore_index, None)
+        loss = 0 * f.sum()  # the graph, where no anchor has a positive
+        for c, f_c in by_class(f, anchor_label).items():
+            if c not in keys:
+                continue
+            negatives = torch.cat([f_teacher[:0], *(f_k for k, f_k in keys.items() if k != c)])
+            if chunk is None:
+                loss = loss + rows_loss(f_c, keys[c], negatives)
+                continue
+            for rows in f_c.split(chunk):
+                loss = loss + torch.utils.checkpoint.checkpoint(
+                    rows_loss, rows, keys[c], negatives, use_reentrant=False, preserve_rng_state=False
+                )
+        return loss / (anchor_label != ignore_index).sum().to(dtype).clamp(min=1)
 
 
 def unlabeled_loss(pseudo, contra):

@@ -276,8 +276,8 @@ class Watch:
     def look(self, step, row, optimizer, scaler, world):
         """The step's losses, {name: scalar tensor}, as numbers, averaged over processes.
 
-        The one time in a step that the host waits for a GPU. PyTorch waits by itself in SyncBatchNorm, and
-        where train_stage2.contrast_labels copies its random numbers.
+        The one time in a step that this loop waits for a GPU. PyTorch waits by itself in SyncBatchNorm, where
+        train_stage2.contrast_labels copies its random numbers, and where Eq. (10) counts each class's pixels.
         Raises Stopped if a loss is not finite, or the gradient; with float16, SKIPS gradients in a row.
         """
         gradient = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
