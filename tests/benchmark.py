@@ -10,6 +10,7 @@ the rows of the log. Seconds are medians after warm-up; a FLOP is an addition or
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
@@ -32,6 +34,7 @@ from data import load_dataset, make_loader  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import contrastive_loss, supervised_loss  # noqa: E402
 from train_stage1 import AMP_TYPES, make_networks  # noqa: E402
+from train_stage2 import ROWS  # noqa: E402
 
 C = 21
 WARM_UP = 2  # rows of a log, or calls
@@ -210,12 +213,24 @@ def scaling(args, work):
     table("Seconds a step", ["processes", "pre-training", "stage 1", "stage 2"], rows)
 
 
+def product_rate(args):
+    """FLOP/s of the product of 4,096 features with as many."""
+    f = torch.randn(4096, 128, device=args.device)
+    return 2 * 4096 * 4096 * 128 / timed(args, lambda: f @ f.T)
+
+
 def contrast(args, work):
-    rows = []
+    rows, rate = [], product_rate(args)
     for n in args.sizes:
         f = torch.randn(n, 128, device=args.device, requires_grad=True)
         f_t, label = torch.randn(n, 128, device=args.device), torch.randint(C, (n,), device=args.device)
-        for chunk in (512, 2048, 8192, None):
+        error = ""
+        if n <= 5000:
+            exact = f.detach().double().requires_grad_()
+            contrastive_loss(exact, f_t.double(), label, label, chunk=ROWS).backward()
+            contrastive_loss(f, f_t, label, label, chunk=ROWS).backward()
+            error = float((f.grad - exact.grad).abs().max() / exact.grad.abs().max())
+        for chunk in (ROWS, 4 * ROWS, None):
             if chunk is None and n > 20000:
                 continue
 
@@ -223,11 +238,62 @@ def contrast(args, work):
                 f.grad = None
                 contrastive_loss(f, f_t, label, label, chunk=chunk).backward()
 
-            call()
+            began = time.perf_counter()
+            memory = gigabytes_of(args, call)
+            seconds = time.perf_counter() - began
+            if seconds < 10:  # else once has to do
+                seconds = timed(args, call)
             products = (2 if chunk is None else 3) * 2 * n * n * 128  # keys have no gradient
-            memory, seconds = gigabytes_of(args, call), timed(args, call)
-            rows.append((str(n), str(chunk), seconds, memory, products / seconds / 1e9))
-    table("Eq. (10)", ["pixels", "chunk", "seconds", "extra GiB", "GFLOP/s of its products"], rows)
+            rows.append((str(n), str(chunk), seconds, memory, seconds * rate / products, error))
+    head = ["pixels", "chunk", "seconds", "extra GiB", "over its products", "gradient's error"]
+    table(
+        "Eq. (10), forward and backward; over the time of its products alone, at the rate of one, "
+        f"{rate / 1e9:.0f} GFLOP/s; largest error of a gradient against float64, over the largest gradient",
+        head, rows
+    )
+
+
+def saved_gib(call):
+    """GiB that autograd keeps for the backward pass of call(), each storage once; and what call() returns."""
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[id(storage)] = storage  # held, so that its id stays its own
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = call()
+    return sum(storage.nbytes() for storage in kept.values()) / 2**30, result
+
+
+def memory(args, work):
+    """Counted on tensors without memory: which part of a step holds what at the paper's settings."""
+    rows = []
+    paper = argparse.Namespace(**{**vars(args), "eln_backbone": "resnet34", "width": 256})
+    settings = itertools.product(
+        (("VOC, 6 x 512x512", 6, (512, 512)), ("Cityscapes, 4 x 512x1024", 4, (512, 1024))),
+        ("resnet50", "resnet101"), ("off", "bfloat16"),
+    )
+    for (name, B, size), paper.backbone, amp in settings:
+        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=amp == "bfloat16"):
+            nets, X = make_networks(C, paper), torch.empty(B, 3, *size)
+            main, auxiliary = (sum(p.nbytes for p in nets[key].parameters()) for key in ("main", "auxiliary"))
+            labelled, (logits, _, encoded) = saved_gib(lambda: nets.main(X))
+            decoders, _ = saved_gib(
+                lambda: [decoder(*(x.detach() for x in encoded), size) for decoder in nets.auxiliary.decoders]
+            )
+            judged, _ = saved_gib(lambda: nets.auxiliary(X, logits, *encoded))
+            perturbed, _ = saved_gib(lambda: nets.main(X, embed=True)[:2])
+        static = (4 * (main + auxiliary) + main) / 2**30  # weights, gradients, two moments; the teacher
+        largest = static + max(labelled, judged, perturbed)
+        parts = (static, labelled, decoders, judged - decoders, perturbed, largest)
+        rows.append((f"{name}, {paper.backbone}", amp, *parts))
+    head = ["setting", "amp", "weights and AdamW", "X", "K decoders", "ELN", "A.X", "largest sum"]
+    table(
+        "GiB that each backward pass of stage 2 keeps, counted, not measured. The decoders' and ELN's is one "
+        "pass, the others come before and after it; what a kernel needs for itself is not in it", head, rows
+    )
 
 
 def loading(args, work):
@@ -275,7 +341,7 @@ def evaluation(args, work):
     table("Evaluation", ["size", "images/s", "extra GiB"], rows)
 
 
-PARTS = {part.__name__: part for part in (steps, scaling, contrast, loading, evaluation)}
+PARTS = {part.__name__: part for part in (steps, memory, scaling, contrast, loading, evaluation)}
 
 
 def main():
