@@ -9,7 +9,9 @@ the rows of the log. Seconds are medians after warm-up; a FLOP is an addition or
 """
 
 import argparse
+import contextlib
 import csv
+import io
 import itertools
 import json
 import os
@@ -33,6 +35,8 @@ sys.path.insert(0, str(ROOT))
 from data import load_dataset, make_loader  # noqa: E402
 from evaluate import score  # noqa: E402
 from losses import contrastive_loss, supervised_loss  # noqa: E402
+import train_stage1  # noqa: E402
+import train_stage2  # noqa: E402
 from train_stage1 import AMP_TYPES, make_networks  # noqa: E402
 from train_stage2 import ROWS  # noqa: E402
 
@@ -77,24 +81,51 @@ def run_script(args, script, out, *options, processes=1, threads=None):
         return list(csv.DictReader(file)), json.loads((out / "result.json").read_text())[stage]
 
 
-def train_both(args, work, name, **how):
-    """Seconds a step of pre-training, joint training and stage 2, and peak GiB of the two stages."""
-    every = 1 if args.device == "cpu" else 10
-    steps, out = every * (WARM_UP + args.repeats), work / name
+def options_of(args, work, steps, every):
+    """The command lines of the two stages, `steps` of each of their three kinds, without --out."""
     common = ["--log-every", every, "--eval-every", 10**6, "--workers", args.workers]
     options = ["--dataset", "folder", "--data", work / "data", "--ratio", "1/2", "--weights", "none"]
     options += ["--eln-weights", "none", "--backbone", args.backbone, "--eln-backbone", args.eln_backbone]
     options += ["--width", args.width, "--size", *args.size, "--batch-size", args.batch_size]
     options += ["--pretrain-iters", steps, "--eln-iters", steps]
-    one, result1 = run_script(args, "train_stage1.py", out, *options, *common, **how)
-    two = ["--stage1", out / "stage1.pt", "--iters", steps, "--contrast-pixels", args.contrast_pixels]
-    two, result2 = run_script(args, "train_stage2.py", out, *two, *common, **how)
+    return options + common, ["--iters", steps, "--contrast-pixels", args.contrast_pixels, *common]
+
+
+def median_seconds(rows):
+    return statistics.median(1 / float(row["steps/s"]) for row in rows[WARM_UP:])
+
+
+def train_both(args, work, name, **how):
+    """Seconds a step of pre-training, joint training and stage 2, and peak GiB of the two stages."""
+    every = 1 if args.device == "cpu" else 10
+    steps, out = every * (WARM_UP + args.repeats), work / name
+    one, two = options_of(args, work, steps, every)
+    one, result1 = run_script(args, "train_stage1.py", out, *one, **how)
+    two, result2 = run_script(args, "train_stage2.py", out, "--stage1", out / "stage1.pt", *two, **how)
     half = len(one) // 2
-    seconds = [
-        statistics.median(1 / float(row["steps/s"]) for row in rows[WARM_UP:])
-        for rows in (one[:half], one[half:], two)
-    ]
+    seconds = [median_seconds(rows) for rows in (one[:half], one[half:], two)]
     return seconds, [result["peak_memory_gib"] for result in (result1, result2)]
+
+
+def waiting(args, work):
+    """Steps with the loader, and with its first batch kept in memory."""
+    every, stages = 10, ((train_stage1, "stage1"), (train_stage2, "stage2"))
+    steps, out = every * (WARM_UP + args.repeats), work / "kept"
+    device, rows = torch.device(args.device), []
+    for (module, stage), options in zip(stages, options_of(args, work, steps, every)):
+        options = [*options, "--device", args.device, "--amp", args.amp]
+        options += ["--stage1", out / "stage1.pt"] if stage == "stage2" else ["--eln-iters", "1"]
+        loader, seconds = module.make_loader, []
+        for kept in (False, True):
+            argv = [str(x) for x in [*options, "--out", f"{out}-{stage}" if kept else out]]
+            if kept:
+                module.make_loader = lambda *a, **how: itertools.repeat(next(iter(loader(*a, **how))))
+            with contextlib.redirect_stdout(io.StringIO()):
+                module.train(module.parse_args(argv), 0, 1, device)
+            with open(Path(argv[-1]) / f"log_{stage}.csv") as file:
+                seconds.append(median_seconds(list(csv.DictReader(file))[: steps // every]))
+        rows.append(("pre-training" if stage == "stage1" else "stage 2", *seconds, seconds[0] / seconds[1]))
+    table("Seconds a step", ["step", "with the loader", "batch in memory", "ratio"], rows)
 
 
 def timed(args, call):
@@ -341,7 +372,7 @@ def evaluation(args, work):
     table("Evaluation", ["size", "images/s", "extra GiB"], rows)
 
 
-PARTS = {part.__name__: part for part in (steps, memory, scaling, contrast, loading, evaluation)}
+PARTS = {part.__name__: part for part in (steps, memory, scaling, contrast, loading, waiting, evaluation)}
 
 
 def main():
