@@ -190,9 +190,11 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
         classes, counts = label.unique_consecutive(return_counts=True)
         return dict(zip(classes.tolist(), x[order].split(counts.tolist())))
 
-    def rows_loss(f, f_p, f_n):  # anchors (n, D) of one class; positives (p, D) and negatives (q, D) of all
+    def rows_loss(f, c):  # n anchors (n, D) of class c, which has p keys; the q others are negatives
+        f_n = torch.cat([f_teacher[:0], *(f_k for k, f_k in keys.items() if k != c)])  # (q, D)
         log_negatives = (f @ f_n.T).logsumexp(dim=1, keepdim=True)  # (n, 1); -inf if q = 0
-        log_ratio = F.logsigmoid(f @ f_p.T - log_negatives)  # (n, p); log d/(d+s) = logsigmoid(log d - log s)
+        # log d/(d + s) = logsigmoid(log d - log s), where s sums the negatives
+        log_ratio = F.logsigmoid(f @ keys[c].T - log_negatives)  # (n, p)
         return -log_ratio.mean(dim=1).sum()
 
     with torch.autocast(anchor.device.type, enabled=False):  # else the products are in half precision again
@@ -204,13 +206,12 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
         for c, f_c in by_class(f, anchor_label).items():
             if c not in keys:
                 continue
-            negatives = torch.cat([f_teacher[:0], *(f_k for k, f_k in keys.items() if k != c)])
             if chunk is None:
-                loss = loss + rows_loss(f_c, keys[c], negatives)
+                loss = loss + rows_loss(f_c, c)
                 continue
             for rows in f_c.split(chunk):
                 loss = loss + torch.utils.checkpoint.checkpoint(
-                    rows_loss, rows, keys[c], negatives, use_reentrant=False, preserve_rng_state=False
+                    rows_loss, rows, c, use_reentrant=False, preserve_rng_state=False
                 )
         return loss / (anchor_label != ignore_index).sum().to(dtype).clamp(min=1)
 

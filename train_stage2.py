@@ -36,7 +36,7 @@ from train_stage1 import (
 )
 
 STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
-ROWS = 512  # of Eq. (10)'s matrix at a time: few enough for a CPU's cache; changes no value
+ROWS = 256  # of Eq. (10)'s matrix at a time: all 98,304 pixels of a batch then take 0.8 GiB; changes no value
 # Options that stage 2 may not change: they name the data and the networks of stage 1.
 FROM_STAGE1 = (
     "dataset", "ratio", "split", "labeled_list", "unlabeled_list", "backbone", "weights", "eln_backbone",
