@@ -544,20 +544,14 @@ def prepare_voc(data, counts=(10582, 1449)):
     InputError unless there are `counts` training and validation ids in the end.
     """
     try:
-        import scipy.io  # noqa: F401  torchvision reads SBD's .mat files with it
-    except ImportError:
-        raise InputError(
-            "SBD's masks are .mat files, which need scipy: pip install scipy, then try again"
-        ) from None
-    try:
-        torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
         sbd_root = Path(data) / "sbd"
-        parts = [
+        parts = [  # before VOC, for torchvision asks for scipy here
             torchvision.datasets.SBDataset(
                 sbd_root, image_set=part, mode="segmentation", download=not (sbd_root / "cls").is_dir()
             )
             for part in ("train", "val")
         ]
+        torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"cannot download VOC 2012 and SBD to {data} ({error})") from None
     root = Path(data) / "VOCdevkit" / "VOC2012"

@@ -7,6 +7,7 @@ A function that is added to losses.py fails until `inputs`, LITERAL and SIGNATUR
 
 import ast
 import copy
+import gc
 import inspect
 import itertools
 import math
@@ -443,6 +444,19 @@ def test_contrast_in_chunks_keeps_no_chunk_for_the_backward_pass():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         losses.contrastive_loss(anchor.requires_grad_(), key, label, label, chunk=16)
     assert max(kept) < 16 * 64
+
+
+def test_contrast_in_chunks_holds_no_copy_of_the_keys_for_each_class():
+    def held():
+        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+
+    anchor, key = torch.randn(2, 128, 64)
+    label = torch.arange(128) % 32
+    before = held()
+    loss = losses.contrastive_loss(anchor.requires_grad_(), key, label, label, chunk=4)
+    assert loss.requires_grad  # its graph is alive
+    assert sum(size for address, size in held().items() if address not in before) < 6 * key.nbytes
 
 
 def test_ema_of_three_steps_in_place():
