@@ -1,22 +1,19 @@
 """Data sets, splits, views and batches (Sec. 4.2).
 
-    python data.py voc --data DIR      download and merge PASCAL VOC 2012 and SBD (10,582 + 1,449 images)
+    python data.py voc --data DIR      merge PASCAL VOC 2012 and SBD, after downloading what DIR lacks
 
-Four data sets: `shapes` (drawn from a seed, no file), `voc`, `cityscapes`, `folder` (your own images). An
-unlabelled image needs no mask, and its mask is never opened for training. Which images a step sees, and how
-they are augmented, is a function of the seed and the step alone: not of the number of processes or workers,
-nor of being interrupted.
+Four data sets: `shapes` (drawn from a seed), `voc`, `cityscapes`, `folder` (your own images). An unlabelled
+image's mask is never opened for training. The images and views of a step depend on seed and step alone.
 """
 
 import argparse
-import atexit
 import contextlib
 import math
-import multiprocessing
 import os
-import signal
-import sys
-import warnings
+import re
+import shutil
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,29 +21,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 
 VOID = 255
 ORDER, VIEW = 0, 1  # parts of the seeds, behind a stream's: of IndexStream, of Views
-CITYSCAPES_IDS = 34  # values of a labelIds mask, mapped to 19 classes and void
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255  # ImageNet's, of R, G, B
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")  # whatever the name's ending; no EPS: it is a program
+EXACT = ("PNG", "TIFF", "BMP", "PPM")  # formats that keep the values of masks
+FORMATS = (*EXACT, "JPEG", "JPEG2000", "WEBP", "GIF")  # formats of images; no EPS: it is a program
+ENDINGS = {end: kind for end, kind in Image.registered_extensions().items() if kind in FORMATS}
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
-VOC_CLASSES = (
-    "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-    "person pottedplant sheep sofa train tvmonitor"
-).split()
+VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
+    motorbike person pottedplant sheep sofa train tvmonitor""".split()
 SHAPES_CLASSES = "background disk ring square striped_square triangle cross".split()
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 800, 100, 96
-
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # open_image refuses such images
 
 
 class InputError(ValueError):
     """The user's input cannot be used; the one-line message names the file or option and the remedy."""
+
+
+def require(condition, message):
+    """Raises InputError with this message unless the condition holds."""
+    if not condition:
+        raise InputError(message)
 
 
 def one_line(error):
@@ -56,73 +56,51 @@ def one_line(error):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write, which becomes `path` once all of it is on the disk.
-
-    Raises OSError, naming `path`, if it cannot be written; what was at `path` then stays.
-    """
-    aside = Path(f"{path}.part")
+    """A binary file to write, which becomes `path` once it is whole. Raises OSError, naming `path`."""
     try:
-        with open(aside, "wb") as file:
+        with open(f"{path}.part", "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        if isinstance(error.__context__, OSError):  # torch.save hides a full disk behind a RuntimeError
-            error = error.__context__
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise OSError(f"{path} cannot be written ({reason})") from None
+        Path(f"{path}.part").unlink(missing_ok=True)
+        cause = isinstance(error, RuntimeError) and error.__context__ or error  # torch.save hides a full disk
+        raise OSError(f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause})") from None
 
 
 @dataclass
 class Dataset:
-    """A data set's files and names, as load_dataset finds them.
-
-    files    {id: (image path, mask path or None)} of all that is on disk; for `shapes` the paths are None
-    train    ids for training, labelled or not; val: ids for evaluation
-    classes  C names; palette (256, 3) uint8 RGB; void is 255 in masks
-    crop     training cuts a random window of the training size (Cityscapes) instead of resizing to it
-    train_id None, or (256,) uint8: what each value of a mask stands for
-    """
+    """A data set's files and names, as load_dataset finds them."""
 
     name: str
-    files: dict
-    train: list
-    val: list
-    classes: list
-    palette: np.ndarray
-    crop: bool = False
-    train_id: np.ndarray = None
+    files: dict  # {id: (image path, mask path or None)} of all that is on disk; those of `shapes` are drawn
+    train: list  # ids for training, labelled or not
+    val: list  # ids for evaluation
+    classes: list  # C names
+    palette: np.ndarray  # (C or more, 3) uint8 RGB
+    crop: bool = False  # training cuts a random window of its size, instead of resizing (Cityscapes)
+    train_id: np.ndarray = None  # (256,) uint8: the class that a value of a mask stands for, if not itself
+    sought: str = ""  # where masks were looked for, as in "it has no mask of the same name in ..."
 
     def has_mask(self, key):
         """Whether `key` could be a labelled image."""
-        return self.name == "shapes" or self.files[key][1] is not None
+        return self.files[key][1] is not None
 
     def read_image(self, key):
         """The image `key` -> (3, H, W) uint8 RGB, turned upright. Raises InputError if it cannot be read."""
-        if self.name == "shapes":
-            return draw_scene(key)[0]
-        return read_rgb(self.files[key][0])
+        return draw_scene(key)[0] if self.name == "shapes" else read_rgb(self.files[key][0])
 
     def read_label(self, key):
         """The mask of `key` -> (H, W) uint8, 0 .. C-1 or 255. Raises InputError if it is anything else."""
         if self.name == "shapes":
             return draw_scene(key)[1]
         image, path = self.files[key]
-        if path is None:
-            raise InputError(f"{image} has no mask")
-        mask = open_image(path)
-        if mask.mode not in ("L", "P", "1", "I;16", "I"):
-            raise InputError(f"mask {path} has mode {mask.mode}; it must be grey or indexed by class")
+        require(path, f"{image} has no mask{self.sought}")
+        mask = open_image(path, formats=EXACT)
         label = np.asarray(mask)
-        known = len(self.classes) if self.train_id is None else CITYSCAPES_IDS
-        wrong = label[(label < 0) | (label >= known) & (label != VOID)]
-        if wrong.size:
-            raise InputError(
-                f"mask {path} has the value {wrong[0]}: neither one of {known} classes nor 255 (void)"
-            )
+        require(label.ndim == 2 and mask.mode != "F", f"{path} has mode {mask.mode}; it must be indexed")
+        last = len(self.classes) - 1 if self.train_id is None else 33  # Cityscapes has 34 ids for 19 classes
+        wrong = label[(label < 0) | (label > last) & (label != VOID)]
+        require(not wrong.size, f"mask {path} has the value {max(wrong, default=0)}, not 0 to {last} or 255")
         label = label if self.train_id is None else self.train_id[label]
         return torch.from_numpy(label.astype(np.uint8))
 
@@ -131,167 +109,164 @@ class Dataset:
         if self.name == "shapes":
             return draw_scene(key)
         image, label = self.read_image(key), self.read_label(key)
-        if image.shape[1:] != label.shape:
-            (path, mask), have, want = self.files[key], tuple(label.shape), tuple(image.shape[1:])
-            raise InputError(f"mask {mask} is {have} (H, W), but its image {path} is {want}")
+        (path, mask), have, want = self.files[key], tuple(label.shape), tuple(image.shape[1:])
+        require(have == want, f"mask {mask} is {have} (H, W), but {path} is {want}, its EXIF applied")
         return image, label
 
 
-def open_image(path, read=ImageOps.exif_transpose):
-    """read(image) of an opened PIL image: by default the image, decoded and turned upright as EXIF says.
-
-    Raises InputError, naming the file, if it cannot be read or is unreasonably large.
-    """
+def open_image(path, read=ImageOps.exif_transpose, formats=FORMATS):
+    """read(image) of a PIL image: by default it is decoded and turned as EXIF says. Raises InputError."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"it has more than {Image.MAX_IMAGE_PIXELS} pixels: cut it into tiles")
+        with Image.open(path, formats=formats) as image:
             return read(image)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
     except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
-        raise InputError(f"{path} cannot be read as an image ({error})") from None
+        raise InputError(f"{path} cannot be read as {', '.join(formats)} ({error})") from None
 
 
 def read_rgb(path):
-    """An image file -> (3, H, W) uint8 RGB, turned upright. Raises InputError as open_image.
-
-    Of 16 bits the upper 8 count; transparency does not.
-    """
+    """An image file -> (3, H, W) uint8 RGB, turned upright; of 16 bits the upper 8. Raises InputError."""
     image = open_image(path)
-    if image.mode == "F":
-        raise InputError(f"{path} holds fractions; it must have 8 or 16 bits a channel")
+    require(image.mode not in ("F", "LAB"), f"{path} has mode {image.mode}; it must be RGB or grey integers")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     image.info.pop("transparency", None)
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
-def upright_size(image):
-    """(H, W) of a PIL image as it will be when turned upright; reads its header alone."""
-    on_its_side = image.getexif().get(0x0112, 1) > 4  # the EXIF entry "orientation"
-    return image.size if on_its_side else image.size[::-1]
-
-
 def within(low, high=math.inf, kind=int):
     """An argparse type, for all scripts: a number of this kind, low <= number <= high."""
 
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:
+        if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+        return kind(text)
 
     return number
 
 
 def load_dataset(name, data="datasets"):
-    """Find a data set's files.
+    """The Dataset `name`, one of DATASETS. Raises InputError if something is missing or ambiguous.
 
-    name  one of DATASETS
     data  the folder that holds VOCdevkit/VOC2012 (voc), leftImg8bit and gtFine (cityscapes), or images,
-          masks, train.txt, val.txt and classes.txt (folder); `shapes` ignores it
-    Returns a Dataset. Raises InputError if something is missing.
-    """
+          masks, train.txt, val.txt and classes.txt (folder); `shapes` ignores it"""
+    palette, train_id = voc_palette(), None
     if name == "shapes":
         train = [f"train_{i:04d}" for i in range(SHAPES_TRAIN)]
         val = [f"val_{i:04d}" for i in range(SHAPES_VAL)]
-        files = {key: (None, None) for key in train + val}
-        return Dataset(name, files, train, val, SHAPES_CLASSES, voc_palette())
-    root = Path(data)
+        files = dict.fromkeys(train + val, ("drawn", "drawn"))
+        return Dataset(name, files, train, val, SHAPES_CLASSES, palette)
+    below = {"voc": "VOCdevkit/VOC2012/JPEGImages", "cityscapes": "leftImg8bit", "folder": "images"}[name]
+    images, here = Path(data, below), Path(os.path.abspath(data))
+    root = images.parent
+    if not images.is_dir():
+        tops = [top for top in (*here.parents, *here.glob("*")) if (top / below).is_relative_to(here)]
+        advice = [f"give --data {top}" for top in tops if (top / below).is_dir()]
+        advice += [f"--data must hold {below}" + f" (run python data.py voc --data {data})" * (name == "voc")]
+        raise InputError(f"{images} is not a folder: {advice[0]}")
     if name == "voc":
-        root = root / "VOCdevkit" / "VOC2012"
-        files = match_files(root / "JPEGImages", root / "SegmentationClassAug")
-        lists = root / "ImageSets" / "Segmentation"
+        masks, lists = root / "SegmentationClassAug", root / "ImageSets/Segmentation"
+        made = masks.is_dir() and (lists / "trainaug.txt").exists()
+        require(made, f"{masks} or trainaug.txt is missing: run python data.py voc --data {data}")
+        files, sought = match_files(images, masks)
         train, val = read_list(lists / "trainaug.txt", files), read_list(lists / "val.txt", files)
-        dataset = Dataset(name, files, train, val, VOC_CLASSES, voc_palette())
+        classes = VOC_CLASSES
     elif name == "folder":
-        files = match_files(root / "images", root / "masks")
+        files, sought = match_files(images, root / "masks")
         train, val = read_list(root / "train.txt", files), read_list(root / "val.txt", files)
-        classes = read_lines(root / "classes.txt")
-        if len(classes) < 2 or len(classes) > 255:
-            raise InputError(
-                f"{root / 'classes.txt'} names {len(classes)} classes; it must name 2 to 255, one a line"
-            )
-        dataset = Dataset(name, files, train, val, classes, voc_palette())
+        lines = read_lines(root / "classes.txt")  # CVAT begins with a comment, labelme with its name of void
+        classes = [line for line in lines if line != "__ignore__" and not line.startswith("#")]
+        require(1 < len(classes) < 256, f"{root / 'classes.txt'} names {len(classes)} classes, not 2 to 255")
+        numbers = re.findall(r"^(\d+)[\s:;,=]", "\n".join(classes), re.MULTILINE)
+        ordered = len(numbers) < max(2, len(classes) - 1) or numbers == [f"{i}" for i in range(len(classes))]
+        require(ordered, f"{root / 'classes.txt'} must name one class a line, from 0 on, without a heading")
     else:
-        train, val = (
-            match_files(
-                root / "leftImg8bit" / part, root / "gtFine" / part, "_leftImg8bit", "_gtFine_labelIds"
-            )
-            for part in ("train", "val")
-        )
-        palette, train_id = np.zeros((256, 3), np.uint8), np.full(256, VOID, np.uint8)
-        entries = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < VOID]
-        for entry in entries:
-            palette[entry.train_id], train_id[entry.id] = entry.color, entry.train_id
-        classes = [entry.name for entry in sorted(entries, key=lambda entry: entry.train_id)]
-        dataset = Dataset(name, {**train, **val}, list(train), list(val), classes, palette, True, train_id)
-    for part in ("train", "val"):
-        if not getattr(dataset, part):
-            raise InputError(f"the {part} split of {root} is empty")
-    return dataset
+        files, sought = match_files(images, root / "gtFine", "_leftImg8bit", "_gtFine_labelIds")
+        train, val = ([k for k in files if images / part in files[k][0].parents] for part in ("train", "val"))
+        require(train and val, f"{images} must have images in train and in val")
+        entries = sorted((c.train_id, c.id, c.color, c.name) for c in datasets.Cityscapes.classes)
+        order, ids, colours, classes = zip(*(entry for entry in entries if 0 <= entry[0] < VOID))
+        palette, train_id = np.uint8(colours), np.full(256, VOID, np.uint8)
+        train_id[list(ids)] = order
+    return Dataset(name, files, train, val, list(classes), palette, name == "cityscapes", train_id, sought)
+
+
+def image_files(folder, end="", formats=FORMATS, prefix="", above=()):
+    """(name, path) of the images below a folder; the name is the path below it, without `end` and ending."""
+    above = (*above, folder.resolve())
+    for path in sorted(folder.glob("[!.]*")):  # without ._a.jpg of a Mac
+        name, ending = os.path.splitext(prefix + unicodedata.normalize("NFC", path.name))
+        if ENDINGS.get(ending.lower()) in formats and name.endswith(end):
+            yield name.removesuffix(end), path
+        elif path.is_dir() and path.resolve() not in above:  # else a link leads in a circle
+            yield from image_files(path, end, formats, f"{name}{ending}/", above)
 
 
 def match_files(images, masks, image_end="", mask_end=""):
-    """{id: (image path, mask path or None)} of all files below two folders; id = file name."""
-    if not images.is_dir():
-        raise InputError(f"{images} is not a folder; --data must name the one above it (README, Data)")
-    found = (path for path in masks.rglob(f"*{mask_end}.*") if path.suffix.lower() == ".png")
-    mask_of = {path.stem.removesuffix(mask_end): path for path in found}
-    files = {}
-    for path in sorted(images.rglob(f"*{image_end}.*")):
-        if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
-            continue
-        key = path.stem.removesuffix(image_end)
-        if key in files:
-            raise InputError(f"{files[key][0]} and {path} have the same id, {key}: rename one")
-        files[key] = (path, mask_of.get(key))
-    return files
+    """({id: (image path, mask path or None)}, where masks were looked for) of all files below two folders.
+
+    An id is an image's name or, if others have it too, its path below `images`. Raises InputError for twins.
+    """
+    found, files, left = list(image_files(images, image_end)), {}, []
+    count = Counter(os.path.basename(name) for name, _ in found)
+    for name, path in found:
+        key = os.path.basename(name) if count[os.path.basename(name)] == 1 else name
+        first, _ = files.setdefault(key, (path, None))
+        require(first is path, f"{first} and {path} have the same id, {key}: rename one")
+    for name, path in image_files(masks, mask_end, EXACT):
+        image, first = files.get(key := find_id(name, files), (None, None))
+        require(not first, f"{first} and {path} are both masks of {key}: rename one")
+        if image:
+            files[key] = (image, path)
+        else:
+            left.append(path.name)
+    rest = f"; {left[0]} fits no image" if left else "" if masks.is_dir() else "; there is no such folder"
+    return files, f" of the same name in {masks} ({', '.join(EXACT)}, as JPEG alters classes{rest})"
+
+
+def find_id(path, files):
+    """The id in `files` that a path ends with, behind folders (not ".." or another file's name); or None."""
+    name, ending = os.path.splitext(path)
+    name = (name if ending.lower() in ENDINGS else path).removesuffix("_leftImg8bit")
+    for text in (path, name):
+        for start in (0, *(i + 1 for i, letter in enumerate(text) if letter == "/")):
+            if text[start:] in files and not re.search(r"\.\.|\.[A-Za-z]\w+[\s,;]", text[:start]):
+                return text[start:]
 
 
 def read_lines(path):
-    """The lines of a text file that are not blank, stripped. Raises InputError if it cannot be read."""
+    """The lines of a text file in UTF-8 or UTF-16, without outer blanks, commas and quotes. Or InputError."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
+        text = unicodedata.normalize("NFC", content.decode("utf-16" if b"\0" in content else "utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"list file {path} cannot be read ({error})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
+        raise InputError(f"list file {path} cannot be read as text in UTF-8 ({error})") from None
+    return [line.strip().strip(",;\"'") for line in text.splitlines() if line.strip()]
 
 
 def read_list(path, files):
-    """The ids that a list file names, each once, in its order.
+    """The ids in a list file, once each. Raises InputError if a line names no image.
 
-    A line is an id, or an "image mask" pair of paths as other projects ship them: the image's name counts.
-    Raises InputError if the file cannot be read or an id has no image.
-    """
+    A line is an id, an image's path, or the paths of an image and its mask, of one name."""
     ids = []
-    for line in read_lines(path):
-        name = Path(line.split()[0]).name
-        candidates = (line, name, Path(name).stem, Path(name).stem.removesuffix("_leftImg8bit"))
-        key = next((c for c in candidates if c in files), None)
-        if key is None or ".." in Path(line.split()[0]).parts:
-            raise InputError(f"{path} names {line[:80]!r}, of which there is no image")
-        ids.append(key)
+    for line in (line.replace("\\", "/")[:999] for line in read_lines(path)):
+        pair = re.fullmatch(r"((?:.*/)?(.+?)(?:_leftImg8bit)?\.\w+)[\s,;]+(?:.*/)?\2[._-].*", line)
+        ids.append(find_id(line, files) or pair and find_id(pair[1], files))
+        require(ids[-1], f"{path} names {line[:80]!r}: no image has this name, or several have")
+    require(ids, f"{path} names no image")
     return list(dict.fromkeys(ids))
 
 
 def voc_palette():
     """PASCAL VOC's colours, (256, 3) uint8: the bits of the class number, spread over red, green and blue."""
-    value, palette = np.arange(256), np.zeros((256, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:, channel] |= (((value >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
+    bits = np.arange(256)[:, None, None] >> np.arange(24).reshape(8, 3) & 1  # (256, 8, 3): lowest bits first
+    return (bits << np.arange(7, -1, -1)[:, None]).sum(1).astype(np.uint8)
 
 
 def draw_scene(key):
-    """One scene of `shapes`, drawn from its id alone.
+    """One scene of `shapes`, from its id: image (3, 96, 96) uint8, label (96, 96) uint8 with 255 for void.
 
     Objects of six classes occlude each other. Colours are random, so that only form or texture tells the
-    class; rings and crosses are thin; half of the objects have a void rim.
-    Returns image (3, 96, 96) uint8, label (96, 96) uint8 with 255 for void.
-    """
+    class; rings and crosses are thin; half of the objects have a void rim."""
     part, number = key.split("_")
     rng = np.random.default_rng([("train", "val").index(part), int(number)])
     size = SHAPES_SIZE
@@ -304,26 +279,17 @@ def draw_scene(key):
         name = SHAPES_CLASSES[kind]
         centre, radius, turn = rng.uniform(0, size, 2), rng.uniform(8, 20), rng.uniform(0, 2 * math.pi)
         stencil = Image.new("L", (size, size))
-        draw = ImageDraw.Draw(stencil)
-
-        def polygon(angles, scale=1.0, fill=255):
-            points = [
-                centre + radius * scale * np.array([math.cos(a + turn), math.sin(a + turn)]) for a in angles
-            ]
-            draw.polygon([tuple(p) for p in points], fill=fill)
-
-        if name in ("disk", "ring"):
-            circle = np.linspace(0, 2 * math.pi, 33)[:-1]
-            polygon(circle)
-            if name == "ring":
-                polygon(circle, 1 - 4 / radius, fill=0)
-        elif name == "triangle":
-            polygon(np.array([0, 2, 4]) * math.pi / 3)
-        elif name == "cross":
-            for arm in (0, math.pi / 2):
-                polygon([arm - 0.18, arm + 0.18, arm + math.pi - 0.18, arm + math.pi + 0.18])
-        else:
-            polygon(np.array([1, 3, 5, 7]) * math.pi / 4)
+        circle = np.linspace(0, 2 * math.pi, 33)[:-1]
+        bar = np.array([-0.18, 0.18, math.pi - 0.18, math.pi + 0.18])
+        polygons = {  # the corners' angles, their distance over the radius, inside or hole
+            "disk": [(circle, 1, 255)],
+            "ring": [(circle, 1, 255), (circle, 1 - 4 / radius, 0)],
+            "triangle": [(np.array([0, 2, 4]) * math.pi / 3, 1, 255)],
+            "cross": [(bar, 1, 255), (bar + math.pi / 2, 1, 255)],
+        }
+        for angles, scale, fill in polygons.get(name, [(np.array([1, 3, 5, 7]) * math.pi / 4, 1, 255)]):
+            corners = centre + radius * scale * np.stack([np.cos(angles + turn), np.sin(angles + turn)], 1)
+            ImageDraw.Draw(stencil).polygon([tuple(corner) for corner in corners], fill=fill)
         inside = np.asarray(stencil) > 0
         colour = np.broadcast_to(rng.uniform(20, 235, 3), image.shape)
         if name == "striped_square":
@@ -339,81 +305,73 @@ def draw_scene(key):
 
 
 def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
-    """Which training images are labelled, and which are used without a label.
+    """(labelled ids, unlabelled ids) for training, disjoint; list files replace the draw and the rest.
 
-    ratio           labelled share of all training ids, rounded down: a string such as "1/20", "0.05", "1"
-    number          which of the seeded subsets (0, 1, 2 for the paper's averages)
-    labeled_list    a list file instead of ratio and number
-    unlabeled_list  a list file instead of all other ids
-    Returns (labelled ids, unlabelled ids), disjoint. Labelled ids are drawn from those that have a mask.
-    Raises InputError if the ratio is nonsense or leaves no image, masks are too few, or the lists overlap.
-    """
+    ratio, such as "1/20", is the labelled share of all training ids, rounded down; `number` seeds the draw.
+    Raises InputError if the ratio is nonsense, masks are too few, or the lists overlap."""
     if labeled_list:
         labeled = read_list(labeled_list, dataset.files)
-        if not labeled:
-            raise InputError(f"--labeled-list {labeled_list} names no image")
-        bare = [key for key in labeled if not dataset.has_mask(key)]
-        if bare:
-            raise InputError(f"--labeled-list {labeled_list} names {bare[0]}, which has no mask")
     else:
+        # All are permuted, so that unlabelled masks do not matter, by what is the same in every NumPy.
+        order = np.random.RandomState(number).permutation(len(dataset.train))
+        with_mask = [i for i in order if dataset.has_mask(dataset.train[i])]
         try:
             share = Fraction(ratio)
         except (ValueError, ZeroDivisionError):
             raise InputError(f"--ratio {ratio} is not a number such as 1/20 or 0.05") from None
-        if not 0 < share <= 1:
-            raise InputError(f"--ratio {ratio} is not above 0 and at most 1")
-        with_mask = [key for key in dataset.train if dataset.has_mask(key)]
-        count = math.floor(share * len(dataset.train))
-        if count == 0:
-            raise InputError(
-                f"--ratio {ratio} of {len(dataset.train)} training images leaves no labelled one"
-            )
-        if count > len(with_mask):
-            raise InputError(
-                f"--ratio {ratio} asks for {count} labelled images, but only {len(with_mask)} of the "
-                f"{len(dataset.train)} training images have a mask"
-            )
-        # All ids are permuted, so that deleting an unlabelled image's mask changes nothing. RandomState's
-        # stream is frozen, so that a split is the same with every version of NumPy.
-        order = [dataset.train[i] for i in np.random.RandomState(number).permutation(len(dataset.train))]
-        drawn = set([key for key in order if dataset.has_mask(key)][:count])
-        labeled = [key for key in dataset.train if key in drawn]
-    if unlabeled_list:
-        unlabeled = read_list(unlabeled_list, dataset.files)
-        both = set(labeled).intersection(unlabeled)
-        if both:
-            raise InputError(
-                f"the labelled and unlabelled lists overlap: {len(both)} ids, {sorted(both)[0]} is one"
-            )
-    else:
-        known = set(labeled)
-        unlabeled = [key for key in dataset.train if key not in known]
-    leak = set(dataset.val).intersection([*labeled, *unlabeled])
-    if leak:
-        raise InputError(f"training and validation lists overlap: {len(leak)} ids, {sorted(leak)[0]} is one")
+        count, most = math.floor(share * len(dataset.train)), f"{len(with_mask)}/{len(dataset.train)}"
+        require(0 < share <= 1 and count, f"--ratio {ratio} must be over 0, at most 1, and label an image")
+        few = f"--ratio {ratio} asks for {count} labelled images, but only {most} have a mask{dataset.sought}"
+        require(count <= len(with_mask), f"{few}: give at most --ratio {most}")
+        labeled = [dataset.train[i] for i in sorted(with_mask[:count])]
+    known = set(labeled)
+    rest = [key for key in dataset.train if key not in known]
+    unlabeled = read_list(unlabeled_list, dataset.files) if unlabeled_list else rest
+    both = sorted(known.intersection(unlabeled) or known.union(unlabeled).intersection(dataset.val))
+    require(not both, f"labelled, unlabelled, validation ids overlap: {len(both)} ids, {' '.join(both[:1])}")
     return labeled, unlabeled
 
 
 def check_files(dataset, labeled, unlabeled, size):
-    """Refuse before the first step what would break in mid-run.
+    """Notes on the data, a list of lines; raises InputError for what would break or mislead the training.
 
     Decodes labelled and validation images with their masks; of unlabelled images it reads the headers alone.
-    Raises InputError for what cannot be read, a mask whose size is not its image's or whose values are not
-    classes, a validation image without a mask, and images that a crop of `size` does not fit in.
-    """
+    Refused are unreadable files, images that a crop of `size` does not fit in, and masks that are missing, of
+    another size, of void and one class at most, or whose palettes contradict each other."""
     if dataset.name == "shapes":
-        return
+        return []
+    counts, brightest, colours = dict.fromkeys([*labeled, *dataset.val]), [], {}
+    notes = [f"an image's mask is the one{dataset.sought}"] if "fits no image" in dataset.sought else []
 
-    def check(key, with_mask):
-        path = dataset.files[key][0]
-        have = dataset.read_pair(key)[0].shape[1:] if with_mask else open_image(path, upright_size)
-        if dataset.crop and (have[0] < size[0] or have[1] < size[1]):
-            raise InputError(f"{path} is {have[0]}x{have[1]}, smaller than --size {size[0]} {size[1]}")
+    def check(key):
+        path, mask = dataset.files[key]
+        W, H = open_image(path, lambda image: image.size)
+        require(not dataset.crop or H >= size[0] and W >= size[1], f"{path} is {H}x{W}, too small for --size")
+        if key not in counts:
+            return
+        image, label = dataset.read_pair(key)
+        brightest.append(int(image.max()))
+        counts[key] = np.bincount(label.flatten(), minlength=256)
+        palette = open_image(mask, lambda mask: mask.getpalette() if mask.mode == "P" else [])
+        grey = palette == [i // 3 for i in range(len(palette))]  # tells nothing
+        for value in np.flatnonzero(counts[key][: 0 if grey else min(VOID, len(palette) // 3)]):
+            colour = palette[3 * value : 3 * value + 3]
+            other, first = colours.setdefault(value, (colour, mask))
+            differ = f"value {value} has the colour {other} in {first}, but {colour} in {mask}"
+            require(colour == other, f"{differ}: number the classes alike in all masks")
 
-    keys = [*labeled, *dataset.val, *unlabeled]
-    with_mask = [True] * (len(labeled) + len(dataset.val)) + [False] * len(unlabeled)
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding releases the interpreter's lock
-        list(pool.map(check, keys, with_mask))
+        list(pool.map(check, [*counts, *unlabeled]))
+    for part, keys in (("labelled", labeled), ("validation", dataset.val)):
+        count, mask = sum(counts[key] for key in keys), dataset.files[keys[0]][1]
+        absent = [name for name, pixels in zip(dataset.classes, count) if not pixels]
+        several = not count[VOID] or len(dataset.classes) - len(absent) > 1
+        require(several, f"{mask}, like all {part} masks, has one class; 255 is void: paint the foreground 1")
+        if absent:
+            notes.append(f"no {part} mask has a pixel of {', '.join(absent)}")
+    if max(brightest) < 64:
+        notes.append(f"brightest value {max(brightest)} of 255 (of 16 bits the upper 8): stretch all alike")
+    return notes
 
 
 def normalize(image):
@@ -423,36 +381,26 @@ def normalize(image):
 
 def resize(image, label, size):
     """image (3, H, W) uint8, bilinear; label (H, W) uint8 or None, nearest -> the two at size (H', W')."""
-    image = TF.resize(image, list(size), TF.InterpolationMode.BILINEAR, antialias=True)
-    if label is not None:
-        label = TF.resize(label[None], list(size), TF.InterpolationMode.NEAREST_EXACT)[0]
-    return image, label
+    bilinear, nearest = TF.InterpolationMode.BILINEAR, TF.InterpolationMode.NEAREST_EXACT
+    image = TF.resize(image, list(size), bilinear, antialias=True)
+    return image, None if label is None else TF.resize(label[None], list(size), nearest)[0]
 
 
 def perturb(image, rng):
     """A.X, the perturbed view (Sec. 4.2): colour jitter, and grey with probability 0.2; (3, H, W) uint8."""
-    factor = rng.uniform(0.6, 1.4, 3)
-    jitter = [
-        (TF.adjust_brightness, factor[0]),
-        (TF.adjust_contrast, factor[1]),
-        (TF.adjust_saturation, factor[2]),
-        (TF.adjust_hue, rng.uniform(-0.1, 0.1)),
-    ]
+    adjust = TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue
+    factor = *rng.uniform(0.6, 1.4, 3), rng.uniform(-0.1, 0.1)
     for i in rng.permutation(4):
-        adjust, amount = jitter[i]
-        image = adjust(image, amount)
-    if rng.random() < 0.2:
-        image = TF.rgb_to_grayscale(image, num_output_channels=3)
-    return image
+        image = adjust[i](image, factor[i])
+    return TF.rgb_to_grayscale(image, num_output_channels=3) if rng.random() < 0.2 else image
 
 
 class Views(torch.utils.data.Dataset):
     """Training samples: views[index, draw] is image number `index`, augmented by the numbers of `draw`.
 
     labeled=True   (image, label): X (3, H, W) uint8 and Y (H, W) uint8
-    labeled=False  (image_u, image_u_strong): X and A.X, (3, H, W) uint8, of one geometry; no mask is opened
-    stream         tuple of ints that keeps the random numbers of stages and of the two kinds apart
-    """
+    labeled=False  (image_u, image_a): X and A.X, (3, H, W) uint8, of one geometry; no mask is opened
+    stream         tuple of ints that keeps the random numbers of stages and of the two kinds apart"""
 
     def __init__(self, dataset, ids, size, labeled, stream):
         self.dataset, self.ids, self.size, self.labeled, self.stream = dataset, ids, size, labeled, stream
@@ -475,121 +423,67 @@ class Views(torch.utils.data.Dataset):
 
 def share_of_batch(batch_size, rank, world):
     """The slice of a batch that is process `rank`'s, as even as it goes: 6 on 4 are 2 + 2 + 1 + 1."""
-    bounds = [r * (batch_size // world) + min(r, batch_size % world) for r in (rank, rank + 1)]
-    return slice(*bounds)
+    return slice(*(r * (batch_size // world) + min(r, batch_size % world) for r in (rank, rank + 1)))
 
 
 class IndexStream:
     """Batch sampler: for each step of start .. stop-1, this process's part of the batch, (index, draw) pairs.
 
-    Draw number d is place d of an endless sequence of permutations of the `length` images, so that a step's
-    batch depends on the seed (in `stream`) and the step alone.
-    """
+    Draw d is place d of an endless sequence of permutations: a batch depends on stream and step alone."""
 
     def __init__(self, length, batch_size, stream, start, stop, rank=0, world=1):
         self.length, self.batch_size, self.stream = length, batch_size, stream
         self.steps, self.share = range(start, stop), share_of_batch(batch_size, rank, world)
 
-    def __len__(self):
-        return len(self.steps)
-
     def __iter__(self):
-        current, order = None, None
         for step in self.steps:
-            batch = []
-            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
-                epoch, place = divmod(draw, self.length)
-                if epoch != current:
-                    current = epoch
-                    order = np.random.default_rng([*self.stream, ORDER, epoch]).permutation(self.length)
-                batch.append((int(order[place]), draw))
-            yield batch[self.share]
-
-
-def ignore_signals(worker_id):
-    """For loader processes: SIGTERM and Ctrl-C are the training process's, which may still need a batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@atexit.register
-def end_loaders():
-    """Python ends loader processes by SIGTERM, which they ignore, and waits for them: so kill them before."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report a crash
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.kill()
+            draws = range(step * self.batch_size, (step + 1) * self.batch_size)[self.share]
+            seeds = {draw // self.length: [*self.stream, ORDER, draw // self.length] for draw in draws}
+            order = {e: np.random.default_rng(seed).permutation(self.length) for e, seed in seeds.items()}
+            yield [(int(order[draw // self.length][draw % self.length]), draw) for draw in draws]
 
 
 def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, rank=0, world=1, workers=0):
-    """Batches of Views for the steps start .. stop-1, in order.
-
-    Labelled: (b, 3, H, W) and (b, H, W) uint8; unlabelled: two (b, 3, H, W) uint8. batch_size is over all
-    processes; b is this one's part of it.
-    """
-    return torch.utils.data.DataLoader(
-        Views(dataset, ids, size, labeled, stream),
-        batch_sampler=IndexStream(len(ids), batch_size, stream, start, stop, rank, world),
-        num_workers=workers,
-        worker_init_fn=ignore_signals,
-        pin_memory=torch.cuda.is_initialized(),  # not for training on a CPU beside an unused GPU
-    )
+    """Batches of Views for the steps start .. stop-1, in order: this process's share of batch_size."""
+    views = Views(dataset, ids, size, labeled, stream)
+    batches = IndexStream(len(ids), batch_size, stream, start, stop, rank, world)
+    pin = torch.cuda.is_initialized()  # not for training on a CPU beside an unused GPU
+    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin)
 
 
 def prepare_voc(data, counts=(10582, 1449)):
-    """Download VOC 2012 and SBD below `data`, and write SegmentationClassAug and trainaug.txt.
+    """Make SegmentationClassAug and trainaug.txt of VOC and SBD, downloaded unless unpacked below `data`.
 
-    Training ids are SBD's train and val less VOC's val, plus VOC's train, whose masks are VOC's own. Raises
-    InputError unless there are `counts` training and validation ids in the end.
-    """
-    try:
-        sbd_root = Path(data) / "sbd"
-        parts = [  # before VOC, for torchvision asks for scipy here
-            torchvision.datasets.SBDataset(
-                sbd_root, image_set=part, mode="segmentation", download=not (sbd_root / "cls").is_dir()
-            )
-            for part in ("train", "val")
-        ]
-        torchvision.datasets.VOCSegmentation(data, year="2012", image_set="trainval", download=True)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"cannot download VOC 2012 and SBD to {data} ({error})") from None
-    root = Path(data) / "VOCdevkit" / "VOC2012"
-    lists, masks = root / "ImageSets" / "Segmentation", root / "SegmentationClassAug"
-    voc_train, val = read_lines(lists / "train.txt"), read_lines(lists / "val.txt")
-    masks.mkdir(exist_ok=True)
-    for key in voc_train + val:
-        with Image.open(root / "SegmentationClass" / f"{key}.png") as mask:
-            mask.save(masks / f"{key}.png")
-    train, taken = set(voc_train), set(voc_train + val)
+    Training ids are SBD's less VOC's val, plus VOC's train, which keep their masks. Raises InputError unless
+    there are `counts` training and validation ids, and OSError or RuntimeError if a download fails."""
+    root = next(Path(data).glob("**/VOC2012"), Path(data, "VOCdevkit/VOC2012"))
+    sbd = next(Path(data).glob("**/cls"), Path(data, "sbd/cls"))
+    masks, lists = root / "SegmentationClassAug", root / "ImageSets/Segmentation"
+    parts = [datasets.SBDataset(sbd.parent, p, "segmentation", not sbd.is_dir()) for p in ("train", "val")]
+    if not (root / "JPEGImages").is_dir():  # behind SBD, for which torchvision asks for scipy
+        datasets.VOCSegmentation(data, "2012", "trainval", download=True)
+    shutil.copytree(root / "SegmentationClass", masks, dirs_exist_ok=True)
+    train, val = (set(read_lines(lists / f"{part}.txt")) for part in ("train", "val"))
+    own = train | val
     for part in parts:
-        for number, path in enumerate(part.images):
-            key = Path(path).stem
-            if key not in taken:
-                mask = part[number][1].convert("P")
-                mask.putpalette(voc_palette().tobytes())
-                mask.save(masks / f"{key}.png")
+        for number, key in enumerate(Path(image).stem for image in part.images):
+            if key not in own:
+                part[number][1].save(masks / f"{key}.png")
                 train.add(key)
-    if (len(train), len(val)) != counts:
-        raise InputError(
-            f"found {len(train)} training and {len(val)} validation ids instead of {counts}: the download in "
-            f"{data} is incomplete; delete it and start again"
-        )
+    require((len(train), len(val)) == counts, f"{data} lacks images: {len(train)}, {len(val)} of {counts}")
     with replacing(lists / "trainaug.txt") as file:
         file.write("".join(f"{key}\n" for key in sorted(train)).encode())
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Download and merge PASCAL VOC 2012 and SBD.")
+    parser = argparse.ArgumentParser(description="Merge PASCAL VOC 2012 and SBD; download what lacks.")
     parser.add_argument("dataset", choices=["voc"])
-    parser.add_argument("--data", default="datasets", metavar="DIR", help="where VOCdevkit and sbd go")
-    args = parser.parse_args()
+    parser.add_argument("--data", default="datasets", metavar="DIR", help="where VOCdevkit and sbd are or go")
     try:
-        prepare_voc(args.data)
-    except (InputError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    print(f"{args.data}: 10,582 training and 1,449 validation images")
+        prepare_voc(parser.parse_args().data)
+    except (OSError, RuntimeError, InputError) as error:
+        parser.exit(2, f"data.py: cannot merge VOC 2012 and SBD: {error}\n")
+    print("10,582 training and 1,449 validation images")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ with the functions that its docstring lists under "Calls".
 
     B images, C classes, H W image size, K auxiliary decoders, N anchors, M keys, D embedding size.
     logits are scores before the softmax: where the paper writes log P, the code takes log_softmax(logits).
-    A label of `ignore_index` (255) is void: it is neither a class nor counted.
+    A label of `ignore_index` (255) is void: it is neither a class nor counted. ^k is an index, no power.
 
 Conventions
-    Sums over pixels are means over the image's counted pixels; sums over images are means over the batch. So
-    every loss but Eq. (10) is a mean over images of a value that depends on nothing else in the batch.
+    Sums over pixels are means over the image's counted pixels (Eq. 9: all of them), sums over images are
+    means over the batch. So every loss but Eq. (10) is a mean of what depends on one image alone.
     Indicators and ratios that depend on the data (Eq. 3, 5) are constants without a gradient. They multiply
     by 0 rather than leave a term out, so that every parameter stays in the graph.
     Half precision is promoted to float32; float64 stays float64. Every loss of a batch of at least one image
@@ -28,8 +28,7 @@ def cross_entropy(logits, label, ignore_index=255):
     logits  (B, C, H, W) float
     label   (B, H, W)    int64, 0 .. C-1 or ignore_index
     Returns (B,), at least float32; an image without a counted pixel gives 0.
-    Raises IndexError (on a GPU: a device assertion) for a label that is neither a class nor ignore_index.
-    """
+    Raises IndexError (on a GPU: a device assertion) for a label that is neither a class nor ignore_index."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")  # (B, H, W)
     counted = (label != ignore_index).sum(dim=(1, 2)).to(loss.dtype)  # (B,)
@@ -42,8 +41,7 @@ def supervised_loss(logits, label, ignore_index=255):
         L_sup = 1/|D_L| sum_X L_ce(P, Y)
 
     logits  (B, C, H, W) float; label (B, H, W) int64, 0 .. C-1 or ignore_index
-    Returns a scalar: the mean over images. Raises as Eq. (1).
-    """
+    Returns a scalar: the mean over images. Raises as Eq. (1)."""
     return cross_entropy(logits, label, ignore_index).mean()
 
 
@@ -58,8 +56,7 @@ def auxiliary_loss(aux_logits, logits, label, alphas, ignore_index=255):
     label       (B, H, W) int64, 0 .. C-1 or ignore_index
     alphas      K numbers
     Returns a scalar: the sum over k of means over images; K = 0 gives a constant 0.
-    Raises ValueError unless there is one alpha per decoder, and as Eq. (1).
-    """
+    Raises ValueError unless there is one alpha per decoder, and as Eq. (1)."""
     if len(aux_logits) != len(alphas):
         raise ValueError(f"{len(aux_logits)} auxiliary predictions, but {len(alphas)} alphas")
     main = cross_entropy(logits.detach(), label, ignore_index)  # (B,)
@@ -77,33 +74,31 @@ def correctness(logits, label, ignore_index=255):
 
     logits  (B, C, H, W) float; label (B, H, W) int64, 0 .. C-1 or ignore_index
     Returns (B, H, W) int64: 1 right, 0 wrong, ignore_index where the label is void.
-    Raises ValueError if ignore_index is 0 or 1, which mean wrong and right here.
-    """
+    Raises ValueError if ignore_index is 0 or 1, which mean wrong and right here."""
     if ignore_index in (0, 1):
         raise ValueError(f"ignore_index {ignore_index} would mark void pixels as wrong or right")
     correct = (logits.argmax(dim=1) == label).long()
     return correct.masked_fill(label == ignore_index, ignore_index)
 
 
-def weighted_cross_entropy(valid_logit, correct, reweight=True, ignore_index=255):
+def weighted_cross_entropy(valid_logit, correct, reweight=True):
     """Binary cross-entropy of each image, in which wrong pixels weigh as much as right ones.  Eq. (5)
 
-        L_wce(B, M) = - sum_i (1{M_i = 0} r M_i . log B_i + 1{M_i = 1} M_i . log B_i)
+        L_wce(B, M) = - sum_i (1{M_i = 0} r log(1 - B_i) + 1{M_i = 1} log B_i)
                   r = (pixels with M = 1) / (pixels with M = 0)      (here: the mean over the non-void pixels)
 
     valid_logit  (B, H, W) float: sigmoid(valid_logit) is the probability that the prediction is right
-    correct      (B, H, W) int64: M, 1 right, 0 wrong, ignore_index void
+    correct      (B, H, W) int64: M, 1 right, 0 wrong, anything else void
     reweight     False sets r = 1: the plain L_ce(B, M) of Eq. (4)
     Returns (B,), at least float32. As printed, an image whose every pixel is wrong has r = 0 and gives 0;
-    without a wrong pixel the loss is the plain mean; without a counted pixel it is 0.
-    """
+    without a wrong pixel the loss is the plain mean; without a counted pixel it is 0."""
     valid_logit = valid_logit.to(torch.promote_types(valid_logit.dtype, torch.float32))
     right = (correct == 1).to(valid_logit.dtype)
     wrong = (correct == 0).to(valid_logit.dtype)
     loss = F.binary_cross_entropy_with_logits(valid_logit, right, reduction="none")  # (B, H, W)
     n_right, n_wrong = right.sum(dim=(1, 2)), wrong.sum(dim=(1, 2))  # (B,)
-    ratio = n_right / n_wrong.clamp(min=1) if reweight else torch.ones_like(n_right)
-    weight = right + wrong * ratio[:, None, None]  # void: 0
+    r = n_right / n_wrong.clamp(min=1) if reweight else torch.ones_like(n_right)
+    weight = right + wrong * r[:, None, None]  # void: 0
     return (weight * loss).sum(dim=(1, 2)) / (n_right + n_wrong).clamp(min=1)
 
 
@@ -117,12 +112,11 @@ def eln_loss(valid_logits, predictions, label, reweight=True, ignore_index=255):
     predictions   list of K+1 (B, C, H, W) float: P^k, the main decoder's first; only their argmax counts
     label         (B, H, W) int64, 0 .. C-1 or ignore_index
     Returns a scalar: the mean over the images and the K+1 predictions.
-    Raises ValueError unless the lists are of equal length, at least 1.
-    """
+    Raises ValueError unless the lists are of equal length, at least 1."""
     if len(valid_logits) != len(predictions) or len(predictions) == 0:
         raise ValueError(f"{len(valid_logits)} outputs of ELN for {len(predictions)} predictions")
     terms = [
-        weighted_cross_entropy(B_k, correctness(P_k, label, ignore_index), reweight, ignore_index)
+        weighted_cross_entropy(B_k, correctness(P_k, label, ignore_index), reweight)
         for B_k, P_k in zip(valid_logits, predictions)
     ]
     return torch.stack(terms).mean()  # over (K+1, B)
@@ -141,8 +135,7 @@ def ema_update(teacher, student, beta=0.995):
 
     teacher, student  two nn.Module of the same structure; beta in [0, 1]
     Weights and BatchNorm's running mean and variance are averaged; its integer count is copied.
-    Returns None. Raises KeyError if the student lacks one of the teacher's entries.
-    """
+    Returns None. Raises KeyError if the student lacks one of the teacher's entries."""
     theta = student.state_dict()
     for name, average in teacher.state_dict().items():
         if average.is_floating_point():
@@ -160,13 +153,12 @@ def pseudo_label_loss(logits, pseudo_label, valid):
     pseudo_label  (B, H, W)    int64, 0 .. C-1: argmax of the teacher's output for X
     valid         (B, H, W)    bool: round(B~), ELN believes the pseudo label
     Returns a scalar: the mean over ALL H*W pixels, so that rejecting more makes it smaller; none gives 0.
-    Raises IndexError (on a GPU: a device assertion) for a pseudo label that is no class, void included.
-    """
+    Raises IndexError (on a GPU: a device assertion) for a pseudo label that is no class, void included."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return (valid * F.cross_entropy(logits, pseudo_label, reduction="none")).mean()
 
 
-def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index=255, chunk=None):
+def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index=255):
     """Pixel-wise contrast over the whole batch: the same pseudo label attracts, another repels.  Eq. (10)
 
         L_contra = - 1/|V| sum_{i in V} 1/|Omega_p| sum_{j in Omega_p}
@@ -178,42 +170,25 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
     anchor_label  (N,)   int64: pseudo labels; ignore_index = not in V
     key_label     (M,)   int64: the same; ignore_index = neither positive nor negative for any anchor
     tau           temperature > 0
-    chunk         rows of the (N, M) matrix held at a time, computed again in the backward pass; None = all at
-                  once and kept. Neither value nor gradient depends on it.
-    Returns a scalar: the mean over the anchors in V of the mean over each one's positives (the paper prints
-    their sum). An anchor without a positive gives 0 and still counts in |V|; an empty V gives 0.
-    """
+    Returns a scalar: the mean over the anchors in V of the mean over each one's positives, i's own f~_i among
+    them (the paper prints their sum). An anchor without a positive gives 0 and still counts in |V|; an empty
+    V gives 0. Given all keys, parts of the anchors, weighted by their share of V, add up to the whole."""
     dtype = torch.promote_types(anchor.dtype, torch.float32)
-
-    def by_class(x, label):  # {class: its rows of x}; the one part that waits for a GPU
-        label, order = label.sort()
-        classes, counts = label.unique_consecutive(return_counts=True)
-        return dict(zip(classes.tolist(), x[order].split(counts.tolist())))
-
-    def rows_loss(f, c):  # n anchors (n, D) of class c, which has p keys; the q others are negatives
-        f_n = torch.cat([f_teacher[:0], *(f_k for k, f_k in keys.items() if k != c)])  # (q, D)
-        log_negatives = (f @ f_n.T).logsumexp(dim=1, keepdim=True)  # (n, 1); -inf if q = 0
-        # log d/(d + s) = logsigmoid(log d - log s), where s sums the negatives
-        log_ratio = F.logsigmoid(f @ keys[c].T - log_negatives)  # (n, p)
-        return -log_ratio.mean(dim=1).sum()
-
+    anchor_label, key_label = anchor_label.cpu(), key_label.cpu()  # a GPU is waited for here, not in the loop
     with torch.autocast(anchor.device.type, enabled=False):  # else the products are in half precision again
         f = F.normalize(anchor.to(dtype), dim=1) / tau  # f @ f~ = cos / tau = log d
         f_teacher = F.normalize(key.detach().to(dtype), dim=1)
-        keys = by_class(f_teacher, key_label)
-        keys.pop(ignore_index, None)
-        loss = 0 * f.sum()  # the graph, where no anchor has a positive
-        for c, f_c in by_class(f, anchor_label).items():
-            if c not in keys:
-                continue
-            if chunk is None:
-                loss = loss + rows_loss(f_c, c)
-                continue
-            for rows in f_c.split(chunk):
-                loss = loss + torch.utils.checkpoint.checkpoint(
-                    rows_loss, rows, c, use_reentrant=False, preserve_rng_state=False
-                )
-        return loss / (anchor_label != ignore_index).sum().to(dtype).clamp(min=1)
+        loss = 0 * f.sum()  # the graph, also where no anchor has a positive
+        for c in anchor_label[anchor_label != ignore_index].unique():
+            f_c = f[anchor_label == c]  # (n, D)
+            positive = key_label == c  # Omega_p of all n anchors
+            negative = (key_label != c) & (key_label != ignore_index)  # Omega_n
+            log_d_p = f_c @ f_teacher[positive].T  # (n, p)
+            log_d_n = f_c @ f_teacher[negative].T  # (n, q)
+            # log d/(d + s) = logsigmoid(log d - log s), where s sums the negatives
+            log_ratio = F.logsigmoid(log_d_p - log_d_n.logsumexp(dim=1, keepdim=True))
+            loss = loss - log_ratio.sum() / max(log_ratio.shape[1], 1)
+        return loss / max(int((anchor_label != ignore_index).sum()), 1)
 
 
 def unlabeled_loss(pseudo, contra):

@@ -1,9 +1,7 @@
 """DeepLabv3+ with a ResNet backbone: the segmentation network of Sec. 4.1.
 
-An encoder (torchvision's ResNet at output stride 16) and a decoder (ASPP, low-level branch, two heads). The
-auxiliary decoders of Sec. 3.1 and ELN (eln.py) are made of the same parts.
-
-    B images, C classes, H W image size; stride 4 means ceil(H/4) x ceil(W/4).
+An encoder (torchvision's ResNet at output stride 16) and a decoder (ASPP, low-level branch, two heads), of
+which eln.py makes the auxiliary decoders and ELN too. Stride 4 means ceil(H/4) x ceil(W/4).
 """
 
 import warnings
@@ -27,66 +25,39 @@ def load_tensors(path):
 
     Raises ValueError where the file's checksums show damage, which torch.load does not look at; else as it.
     """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as file:
-            if file.testzip() is not None:
-                raise ValueError(f"{path} is damaged")
+    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+        raise ValueError(f"{path} is damaged")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of noise torch.load suspects a newer format, before it fails
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_backbone_weights(resnet, name, weights):
-    """Fill a torchvision ResNet, in place.
+    """Fill a torchvision ResNet, in place, strictly: each entry must be there and fit.
 
-    resnet   the network, its `fc` included
-    name     one of BACKBONES
+    resnet   the network, its `fc` included, which stays as it is; name: one of BACKBONES
     weights  "none" (nothing is done), "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), or the path
-             of a torchvision state dict of any floating-point type, with `fc.*` or without
-    Raises WeightsError if the file is missing or unreadable, or has an entry too few, too many or of another
-    shape (`fc.*` and BatchNorm's count, which old files lack, apart).
-    """
+             of a torchvision state dict of any floating-point type, with `fc.*` and BatchNorm's counts or not
+    Raises WeightsError if they cannot be had, or are not this network's."""
     if weights == "none":
         return
-    if weights == "imagenet":
-        enum = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-        try:
-            state = enum.get_state_dict(progress=True, check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise WeightsError(
-                f"cannot download the ImageNet weights {enum.url} ({error}); fetch them elsewhere and give "
-                "the file's path, or start from --weights none --eln-weights none"
-            ) from None
-    else:
-        try:
-            state = load_tensors(weights)
-        except FileNotFoundError:
-            raise WeightsError(f"weights file {weights} does not exist") from None
-        except Exception:  # damaged bytes reach the readers as errors of many kinds
-            raise WeightsError(f"weights file {weights} is damaged, or not a state dict") from None
-        if not isinstance(state, dict):
-            raise WeightsError(f"weights file {weights} holds a {type(state).__name__}, not a state dict")
-
-    own = {key: value for key, value in resnet.state_dict().items() if not key.startswith("fc.")}
-    state = {key: value for key, value in state.items() if not str(key).startswith("fc.")}
-    counts = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")}
-    state = {**counts, **state}  # files older than BatchNorm's count lack it
-
-    def shapes(state):
-        return {(str(key), tuple(getattr(value, "shape", ["no tensor"]))) for key, value in state.items()}
-
-    differ = sorted({key for key, _ in shapes(own) ^ shapes(state)})
-    if differ:
-        some = ", ".join(differ[:3])
-        raise WeightsError(f"weights {weights} do not fit {name}: {len(differ)} entries differ, as {some}")
-    resnet.load_state_dict({**resnet.state_dict(), **state})
+    imagenet = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
+    source = imagenet.url if weights == "imagenet" else weights
+    own = {key: value for key, value in resnet.state_dict().items() if "fc." in key or "num_batches" in key}
+    try:
+        state = imagenet.get_state_dict(check_hash=True) if source != weights else load_tensors(weights)
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+        resnet.load_state_dict({**own, **state})
+    except Exception as error:  # damaged bytes reach the readers as errors of many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"weights {source} cannot be used for {name} ({reason}); give the path of a torchvision state "
+            "dict, or start from --weights none --eln-weights none"
+        ) from None
 
 
 class Encoder(nn.Module):
-    """E: a torchvision ResNet without its classifier, at output stride 16.
-
-    backbone  one of BACKBONES; weights as for load_backbone_weights
-    """
+    """E: a torchvision ResNet of BACKBONES without its classifier, at output stride 16; weights as above."""
 
     def __init__(self, backbone="resnet50", weights="none"):
         super().__init__()
@@ -123,10 +94,8 @@ def conv_bn_relu(in_channels, out_channels, kernel_size, dilation=1):
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: what lies at rates 1, 6, 12, 18 and the whole image, side by side.
-
-    The image's branch has no BatchNorm: of one image per process it would see a single value.
-    """
+    """Atrous spatial pyramid pooling: what lies at rates 1, 6, 12, 18 and the whole image, side by side. The
+    image's branch has no BatchNorm: of one image per process it would see a single value."""
 
     def __init__(self, in_channels, width, dropout):
         super().__init__()
@@ -152,8 +121,7 @@ class Decoder(nn.Module):
     low_channels, high_channels  the encoder's; out_channels is C (ELN: 1)
     width         channels of ASPP and decoder, 256 in DeepLabv3+
     aspp_dropout  dropout behind the ASPP
-    proj          whether there is a projector, EMBEDDING channels
-    """
+    proj          whether there is a projector, EMBEDDING channels"""
 
     def __init__(self, low_channels, high_channels, out_channels, width=256, aspp_dropout=0.1, proj=False):
         super().__init__()
@@ -170,8 +138,7 @@ class Decoder(nn.Module):
         """Logits at `size` (H, W), and with embed=True features.
 
         low (B, low_channels, stride 4), high (B, high_channels, stride 16)
-        Returns logits (B, out_channels, H, W), at least float32; feature (B, EMBEDDING, stride 4) or None.
-        """
+        Returns logits (B, out_channels, H, W), at least float32; feature (B, EMBEDDING, stride 4) or None."""
         x = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=False)
         x = self.fuse(torch.cat([x, self.low(low)], dim=1))  # (B, width, stride 4)
         logits = self.seg(x)
@@ -181,17 +148,13 @@ class Decoder(nn.Module):
 
 
 class DeepLabV3Plus(nn.Module):
-    """The main segmentation network D(E(X)): student, and teacher.
-
-    num_classes C; backbone, weights as in Encoder; width as in Decoder.
-    """
+    """The main segmentation network D(E(X)), student and teacher. Arguments as in Encoder and Decoder."""
 
     def __init__(self, num_classes, backbone="resnet50", weights="none", width=256):
         super().__init__()
         self.encoder = Encoder(backbone, weights)
-        self.decoder = Decoder(
-            self.encoder.low_channels, self.encoder.high_channels, num_classes, width, proj=True
-        )
+        channels = self.encoder.low_channels, self.encoder.high_channels
+        self.decoder = Decoder(*channels, num_classes, width, proj=True)
 
     def forward(self, image, embed=False):
         """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.

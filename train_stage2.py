@@ -1,18 +1,16 @@
 """Stage 2 (Sec. 3.2): semi-supervised training of the student, on pixels whose pseudo labels ELN believes.
 
     python train_stage2.py                                                   # after train_stage1.py
-    torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
+    python train_stage2.py runs/voc-1_20-0 --filter threshold                # of that run; a rival of Table 3
+    torchrun --nproc_per_node=3 train_stage2.py --dataset voc --ratio 1/20
 
-It begins with the networks of --stage1 (default: the run's folder), and takes from there what the options do
-not say about data, networks and training. The teacher labels, ELN rejects, the student learns from perturbed
-and labelled images.
+It begins with the networks of stage 1, whose options count where none are given (but --out, --device, --amp).
+The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
 """
 
-import argparse
 import copy
-import time
+import sys
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,53 +18,153 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from data import DATASETS, InputError, check_files, make_loader, normalize, share_of_batch, within
-from eln import eln_input
+from data import load_dataset, make_loader, normalize, require, share_of_batch, within
+from eln import AuxiliaryNetworks, diagnosis, ecn_loss, eln_input
 from evaluate import fill, mean_iou, read_checkpoint, score
 from losses import (
-    auxiliary_loss, contrastive_loss, ema_update, eln_loss, pseudo_label_loss, supervised_loss,
+    auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss, supervised_loss,
     unlabeled_loss,
 )
+from model import DeepLabV3Plus
 from train_stage1 import (
-    AMP_TYPES, DEFAULTS, LABELED, SEED, Log, Watch, add_options, by_first, check_finite, default_out,
-    ecn_loss, judgement, judgement_fields, make_networks, make_parser, open_run, option, parallel,
-    parameter_groups, restore, run_script, same_statistics, save, save_checkpoint, step_seed,
-    student_record, total, untrained, write_result,
+    DEFAULTS, make_parser, numbers, open_run, prepare, progress, resume, run_script, same_statistics, save,
 )
 
-STAGE, UNLABELED, PIXELS = 2, 1, 3  # parts of the seeds, see data.Views and contrast_labels
-ROWS = 256  # of Eq. (10)'s matrix at a time: all 98,304 pixels of a batch then take 0.8 GiB; changes no value
-# Options that stage 2 may not change: they name the data and the networks of stage 1.
-FROM_STAGE1 = (
-    "dataset", "ratio", "split", "labeled_list", "unlabeled_list", "backbone", "weights", "eln_backbone",
-    "eln_weights", "width", "size", "alphas", "corrector",
-)
+
+def train(args, rank, world, device):
+    """Sec. 3.2: L_labeled on labelled images, L_unlabeled on those that the teacher labels."""
+    path = Path(args.run) / "stage1.pt"
+    stage1 = read_checkpoint(path, stage=1)
+    dataset = load_dataset(args.dataset, args.data)
+    lost = [key for key in stage1["labeled"] + stage1["unlabeled"] if key not in dataset.files]
+    require(not lost, f"{path} was made with images that --data {args.data} lacks: {' '.join(lost[:1])}")
+    same = stage1["classes"] == list(dataset.classes)
+    require(same, f"{path} was made with other classes than --data {args.data} has")
+    run = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], rank)
+    C, with_eln = len(dataset.classes), args.filter in ("eln", "ecn")  # the other filters need no ELN
+    torch.manual_seed(args.seed)
+    nets = nn.ModuleDict({"main": DeepLabV3Plus(C, args.backbone, "none", args.width)})  # the student E, D
+    fill(nets.main, stage1["networks"], path, "main.")
+    if with_eln:
+        nets["auxiliary"] = AuxiliaryNetworks(C, nets.main.encoder, args)  # D^k, ELN
+        fill(nets.auxiliary, stage1["networks"], path, "auxiliary.")
+    del stage1
+    nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
+    main, auxiliary, optimizer, scaler, autocast = prepare(nets, args, world, device)
+    start, rows = resume(run, args.iters, nets, optimizer, scaler, rank)
+    student, teacher = nets.main, nets.teacher
+    eln = nets.auxiliary.eln if with_eln else None
+    mine = share_of_batch(args.batch_size, rank, world)
+    share = world * (mine.stop - mine.start) / args.batch_size  # DDP averages: weigh each by its images
+    eln_or_ecn_loss = {"eln": eln_loss, "ecn": ecn_loss}[args.corrector]
+    contrast = contrastive_loss if args.contrast_pixels else contrastive_loss_in_parts
+    size, n, place = args.size, args.batch_size, (start, args.iters, rank, world, args.workers)
+    labeled = make_loader(dataset, run["labeled"], size, True, n, (args.seed, 2, 0), *place)
+    unlabeled = make_loader(dataset, run["unlabeled"], size, False, n, (args.seed, 2, 1), *place)
+    batches = zip(labeled, unlabeled)
+
+    for step, ((image, label), views) in progress(batches, rows, start, args.iters, rank):
+        torch.manual_seed(hash((args.seed, 2, step, rank)))  # dropout, the same when resumed
+        image, image_u, image_a = (normalize(x.to(device, non_blocking=True)) for x in (image, *views))
+        label = label.to(device, non_blocking=True).long()
+        nets.eval()  # teacher and ELN label with fixed statistics, before they learn from this step
+        with autocast:
+            pseudo_label, valid, feature_t = make_pseudo_labels(teacher, eln, image_u, args)  # Y^, V, f~
+        nets.train()
+        optimizer.zero_grad()
+
+        # A backward pass frees its graph before the next is built; main's second one averages both by DDP.
+        with main.no_sync() if world > 1 else nullcontext():
+            with autocast:
+                logits, _, encoded = main(image)  # D(E(X)): P before its softmax
+            L_sup = supervised_loss(logits, label)  # Eq. (2)
+            L_aux = L_eln = torch.zeros_like(L_sup)
+            if with_eln:
+                with autocast:
+                    aux_logits, valid_logits = auxiliary(image, logits, *encoded)  # P^k, B^k
+                L_aux = auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
+                L_eln = eln_or_ecn_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
+            L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+            scaler.scale(share * L_labeled).backward()
+
+        with autocast:
+            logits_a, feature_s, _ = main(image_a, embed=True)  # P^a, f
+        L_pseudo = ("pseudo" in args.losses) * pseudo_label_loss(logits_a, pseudo_label, valid)  # Eq. (9)
+        *pixels, share_V = pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, rank, world)
+        L_contra = ("contra" in args.losses) * share_V * contrast(*pixels, args.tau)  # Eq. (10)
+        L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
+        scaler.scale(share * L_unlabeled).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        same_statistics(nets, world, device)
+        ema_update(teacher, student, args.beta)  # Eq. (8)
+
+        scored = step % args.eval_every == 0 or step == args.iters
+        if step % args.log_every == 0 or scored:
+            row = dict(L_sup=L_sup, L_aux=L_aux, L_eln=L_eln, L_pseudo=L_pseudo, L_contra=L_contra)
+            row = numbers(step, {**row, "accepted": valid.float().mean()}, share, world)
+            if with_eln:
+                row.update(diagnosis(logits, aux_logits, valid_logits, label, world))
+            if scored:
+                for name, network in (("mIoU", student), ("mIoU_teacher", teacher)):
+                    matrices = score(network, dataset, args.size, device, rank, world, args.workers)
+                    row[name] = mean_iou(matrices["resized"])
+            rows.append(row)
+        if rank == 0 and (step % args.save_every == 0 or step == args.iters):
+            save(run, dataset, step, rows, nets, optimizer, scaler)
 
 
 @torch.no_grad()
-def make_pseudo_labels(teacher, eln, image_u, filter, threshold, embed=True):
-    """The teacher labels unlabelled images X (B, 3, H, W), and the filter says which labels count.
+def make_pseudo_labels(teacher, eln, image_u, args):
+    """The teacher labels unlabelled images X (B, 3, H, W), and a filter says which labels count, V.
 
-    eln may be None where the filter needs none. Networks are in eval mode: fixed statistics, no dropout.
-    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, stride 4), f~,
-    or None without embed.
+    eln   ELN or the s-ECN; None where the filter needs none. Networks are in eval mode.
+    args  filter: "eln", or a rival of Table 3: "ecn" (its corrections become Y^), "threshold", "none"
+    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, h, w), f~.
     """
-    logits, feature_t, _ = teacher(image_u, embed)
+    logits, feature_t, _ = teacher(image_u, embed=True)  # P~
     pseudo_label = logits.argmax(dim=1)
     valid = torch.ones_like(pseudo_label, dtype=torch.bool)
-    if filter == "eln":
-        valid = eln(eln_input(image_u, logits)) > 0  # round(sigmoid) = 1
-    elif filter == "ecn":
+    if args.filter == "eln":
+        valid = eln(eln_input(image_u, logits)) > 0  # a sigmoid above 0.5, which rounds to 1
+    elif args.filter == "ecn":
         pseudo_label = eln(eln_input(image_u, logits)).argmax(dim=1)
-    elif filter == "threshold":
-        valid = logits.softmax(dim=1).amax(dim=1) > threshold
+    elif args.filter == "threshold":
+        valid = logits.softmax(dim=1).amax(dim=1) > args.threshold
     return pseudo_label, valid, feature_t
 
 
-def gather(tensor, rows, fill, world):
-    """(n, ...) of each process, padded to `rows` with `fill` -> (world * rows, ...) of all. No gradient."""
-    padded = tensor.new_full((rows, *tensor.shape[1:]), fill)
+def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, rank, world):
+    """What Eq. (10) takes: --contrast-pixels of V (0: all) at random, the same however the batch is split.
+
+    feature_s, feature_t (b, D, h, w) of this process's b images; pseudo_label, valid (b, H, W)
+    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), 255 = not drawn,
+    and share_V: this process's part of the anchors over its part of the images (of one process 1)."""
+    h, w = feature_s.shape[2:]
+    label = pseudo_label.masked_fill(~valid, 255).float()[:, None]
+    label = F.interpolate(label, size=(h, w), mode="nearest-exact").long().flatten()  # (b h w,)
+    mine, B = share_of_batch(args.batch_size, rank, world), args.batch_size
+    number = args.contrast_pixels or B * h * w
+    lot = np.random.default_rng([args.seed, 2, 3, step]).permutation(B * h * w).reshape(B, h * w)[mine]
+    lot = torch.from_numpy(lot).to(label.device, non_blocking=True).flatten()  # its place in a queue for each
+    lot = lot.masked_fill(label == 255, B * h * w)  # V first
+    rows = min(number, -(-B // world) * h * w)  # of each process, at most
+    lot, place = lot.topk(min(rows, len(lot)), largest=False)
+    lots = gather(lot, rows, B * h * w, world)
+    last = lots.topk(min(number, len(lots)), largest=False).values[-1]
+    label = label[place].masked_fill(lot > last, 255)
+    f, f_teacher = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (feature_s, feature_t))
+    labels = gather(label, rows, 255, world)
+    part_of_V = (label != 255).sum() / (labels != 255).sum().clamp(min=1)
+    share_V = part_of_V * B / (mine.stop - mine.start)
+    return f, gather(f_teacher, rows, 0, world), label, labels, share_V
+
+
+def gather(tensor, rows, pad, world):
+    """(n, ...) of each process, filled up to `rows` with pad -> (world * rows, ...) of all. No gradient."""
+    padded = tensor.new_full((rows, *tensor.shape[1:]), pad)
     padded[: len(tensor)] = tensor
     if world == 1:
         return padded
@@ -75,250 +173,60 @@ def gather(tensor, rows, fill, world):
     return torch.cat(parts)
 
 
-def contrast_labels(pseudo_label, valid, shape, pixels, rng, rank, world, batch_size):
-    """This process's pixels of Eq. (10): its part of `pixels` valid ones drawn over the batch, or (0) of all.
-
-    pseudo_label (b, H, W) int64, valid (b, H, W) bool; shape (h, w) of the features
-    rng  gives the same numbers on every process
-    Returns place (n,) int64 in the b*h*w features, and label (n,) int64, 255 where a pixel is not drawn.
-    With a limit, n is at most `pixels`, and so is the memory that Eq. (10) takes.
-    """
-    label = pseudo_label.masked_fill(~valid, 255).float()[:, None]
-    label = F.interpolate(label, size=shape, mode="nearest-exact").long().flatten()  # (b*h*w,)
-    if pixels == 0:
-        return torch.arange(len(label), device=label.device), label
-    per_image = shape[0] * shape[1]
-    lot = torch.from_numpy(rng.random((batch_size, per_image))[share_of_batch(batch_size, rank, world)])
-    lot = lot.to(label.device, non_blocking=True).flatten().masked_fill(label == 255, 2.0)  # valid: in [0, 1)
-    lots = gather(lot, -(-batch_size // world) * per_image, 2.0, world)
-    last = lots.topk(min(pixels, len(lots)), largest=False).values[-1]
-    lot, place = lot.topk(min(pixels, len(lot)), largest=False)
-    return place, label[place].masked_fill(lot > last, 255)
-
-
-def contrast_batch(feature_s, feature_t, pseudo_label, valid, args, step, rank, world):
-    """Anchors of this process and keys of all for Eq. (10).
-
-    feature_s, feature_t (b, D, stride 4); pseudo_label, valid (b, H, W)
-    Returns f (n, D), f_t (m, D), label_s (n,), label_t (m,) and share_V: Eq. (10) is a mean over anchors
-    of all processes: each weighs its own mean by its part of them, times `world` because DDP averages.
-    """
-    B, shape = args.batch_size, feature_s.shape[2:]
-    rng = np.random.default_rng([args.seed, STAGE, PIXELS, step])
-    pixels = (pseudo_label, valid, shape, args.contrast_pixels, rng, rank, world, B)
-    place, label_s = contrast_labels(*pixels)
-    f, f_t = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (feature_s, feature_t))  # (n, D)
-    rows = -(-B // world) * shape.numel()
-    rows = min(rows, args.contrast_pixels) if args.contrast_pixels else rows
-    V_r = (label_s != 255).sum()
-    share_V = world * V_r / total(V_r, world).clamp(min=1)
-    return f, gather(f_t, rows, 0, world), label_s, gather(label_s, rows, 255, world), share_V
+def contrastive_loss_in_parts(anchor, key, anchor_label, key_label, tau, rows=256):
+    """Eq. (10) for `rows` anchors at a time, computed again in the backward pass: bounds its memory."""
+    V = (anchor_label != 255).sum().clamp(min=1)
+    loss = 0
+    for part in anchor_label.argsort().split(rows):  # a part then has few classes
+        pixels = anchor[part], key, anchor_label[part], key_label
+        mean = checkpoint(contrastive_loss, *pixels, tau, use_reentrant=False, preserve_rng_state=False)
+        loss = loss + mean * (anchor_label[part] != 255).sum() / V
+    return loss
 
 
 def parse_args(argv=None):
-    """The command line of stage 2. Stage 1's checkpoint is read first: the defaults follow from it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--dataset", choices=DATASETS)
-    for name in ("--ratio", "--labeled-list", "--out", "--stage1", "--corrector"):
-        first.add_argument(name)
-    first.add_argument("--split", type=SEED, default=0)
-    given, _ = first.parse_known_args(argv)
-    given.dataset = given.dataset or "shapes"
-    given.ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
-    stage1 = Path(given.stage1 or Path(given.out or default_out(given)) / "stage1.pt")
-    known = read_checkpoint(stage1, stage=1)["args"] if stage1.exists() else {}
-    defaults = DEFAULTS[known.get("dataset", given.dataset)]
-
+    """The command line of stage 2. It is parsed twice: most defaults are the options of stage 1."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
-    paper, run = add_options(parser)
-    run.add_argument("--stage1", metavar="FILE", help="stage 1's checkpoint; default: the run's stage1.pt")
-    add = paper.add_argument
-    add("--iters", type=within(1), help="steps")
+    add = parser.add_argument
+    add("run", nargs="?", metavar="RUN",
+        help="stage 1's folder; by default --out, else that of --dataset, --ratio and --split")
+    add("--iters", type=within(1), metavar="STEPS", help="of training")
     add("--beta", type=within(0, 1, float), default=0.995, help="share of the teacher in Eq. (8) (Sec. 4.2)")
     add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
     add("--contrast-pixels", type=within(0), metavar="N", help="of a batch in Eq. (10); 0: every valid one")
     add("--filter", choices=("eln", "threshold", "ecn", "none"),
         help="which pseudo labels count (Table 3): those that ELN accepts; those of a confidence above "
-        "--threshold; all of s-ECN's corrections; all. Default: eln, or ecn if stage 1 trained that")
+        "--threshold; all of the s-ECN's corrections; all. By default what stage 1 trained")
     add("--threshold", type=within(0, 1, float), default=0.9, help="on the softmax, for --filter threshold")
     add("--losses", nargs="+", choices=("pseudo", "contra"),
-        help="of unlabelled images (Table 6). Default: both; pseudo with --filter threshold")
-    names = vars(parser.parse_args([])).keys() - {"out", "iters", "amp", "device"}
-    inherited = {key: value for key, value in known.items() if key in names}
-    parser.set_defaults(**{key: defaults[key] for key in (*names, "iters") if key in defaults})
-    parser.set_defaults(**inherited)
+        help="of unlabelled images (Table 6), by default both; pseudo with --filter threshold")
+    given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
+    ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
+    found = f"runs/{given.dataset}-{ratio.replace('/', '_')}-{given.split}"
+    folder = Path(given.run or given.out or found)
+    path = folder / "stage1.pt"
+    stage1 = read_checkpoint(path, stage=1) if path.exists() else {"args": {}}
+    known = {key: value for key, value in stage1["args"].items() if key not in ("out", "device", "amp")}
+    defaults = DEFAULTS[known.get("dataset", given.dataset)]
+    parser.set_defaults(**{key: value for key, value in defaults.items() if hasattr(given, key)})
+    parser.set_defaults(**{**known, "weights": "none", "eln_weights": "none"})  # stage 1's come instead
     args = parser.parse_args(argv)
-    if not known:
-        parser.error(f"{stage1} does not exist: run train_stage1.py first, or name its checkpoint (--stage1)")
-    for key in FROM_STAGE1:
-        if getattr(args, key) != known.get(key):
-            parser.error(f"{option(key)} {getattr(args, key)}, but {stage1} was made with {known.get(key)}")
+    require(known, f"{path} does not exist: run train_stage1.py first, or name its folder")
+    for key in ("dataset", "ratio", "split"):
+        asked = getattr(args, key)
+        require(asked == known[key], f"--{key} {asked}, but {path} was made with {known[key]}")
+    finished = stage1["step"] == args.pretrain_iters + args.eln_iters
+    require(finished, f"{path} is unfinished (step {stage1['step']}): let train_stage1.py end")
+    require(stage1["unlabeled"], f"every training image of {path} is labelled: nothing is left for stage 2")
     args.filter = args.filter or args.corrector
+    trained = args.filter not in ("eln", "ecn") or args.filter == args.corrector and args.eln_iters
+    require(trained, f"--filter {args.filter} needs a stage 1 that trained it; {path} has none")
     usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
     args.losses = sorted(set(args.losses or usual))
-    if args.filter in ("eln", "ecn") and (known["supervised_only"] or args.filter != args.corrector):
-        parser.error(f"--filter {args.filter} needs a stage 1 that trained it; {stage1} has none")
-    args.stage1 = str(stage1)
     variant = [args.filter] * (args.filter != args.corrector) + args.losses * (args.losses != usual)
-    args.out = args.out or "-".join([str(stage1.parent), *variant])
+    args.run, args.out = str(folder), args.out or "-".join([str(folder), *variant])
     return args
-
-
-def train(args, rank, world, device):
-    """Stage 2, Sec. 3.2: a step is batches, pseudo labels, forward and backward of each loss, optimizer, EMA,
-    log, save."""
-    out, path = Path(args.out), Path(args.out) / "stage2.pt"
-    dataset, run, checkpoint = open_run(args, STAGE, device)
-    start = checkpoint["step"] if checkpoint else 0
-    if start >= args.iters:
-        return print(f"{path} is finished ({args.iters} steps)") if rank == 0 else None
-    if not run["unlabeled"]:
-        raise InputError("there is no unlabelled image: every training image is labelled")
-    check_files(dataset, run["labeled"], run["unlabeled"], args.size)
-    stage1 = read_checkpoint(args.stage1, stage=1)
-    if stage1["step"] != stage1["args"]["pretrain_iters"] + stage1["args"]["eln_iters"]:
-        raise InputError(f"{args.stage1} is unfinished (step {stage1['step']}): let train_stage1.py end")
-    if stage1["labeled"] != run["labeled"] or stage1["classes"] != run["classes"]:
-        raise InputError(f"{args.stage1} was made with other labelled images or classes than {args.data} has")
-
-    torch.manual_seed(args.seed)
-    with_eln = args.filter in ("eln", "ecn")  # else auxiliary decoders and ELN are neither built nor trained
-    nets = make_networks(len(dataset.classes), untrained(args), with_eln)
-    wanted = nets.state_dict().keys()
-    state = {key: value for key, value in stage1["networks"].items() if key in wanted}
-    fill(nets, state, args.stage1)
-    del stage1, state
-    nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
-    nets = nets.to(device, memory_format=torch.channels_last)
-    with_contrast = "contra" in args.losses
-    nets.main.decoder.proj.requires_grad_(with_contrast)
-    if world > 1 and device.type == "cuda":
-        nets = nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    student, teacher = nets.main, nets.teacher
-    eln = nets.auxiliary.eln if with_eln else None
-    trained = [student, nets.auxiliary] if with_eln else [student]
-    optimizer = torch.optim.AdamW(parameter_groups(trained, args), weight_decay=args.weight_decay, fused=True)
-    amp = AMP_TYPES[args.amp]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
-
-    seconds, skipped, best = 0.0, (0, 0), {}
-    if checkpoint:
-        seconds, skipped, best = restore(path, checkpoint, nets, optimizer, scaler)
-        del checkpoint
-    main = parallel(student, world)
-    auxiliary = parallel(nets.auxiliary, world) if with_eln else None
-
-    def loader(ids, labeled, kind):
-        stream = (args.seed, STAGE, kind)
-        steps_and_part = (start, args.iters, rank, world, args.workers)
-        return make_loader(dataset, ids, args.size, labeled, args.batch_size, stream, *steps_and_part)
-
-    batches = zip(loader(run["labeled"], True, LABELED), loader(run["unlabeled"], False, UNLABELED))
-    fields = ["step", "L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra", "accepted"]
-    if with_eln:
-        fields += judgement_fields(len(args.alphas))
-    fields += ["mIoU", "mIoU_teacher", *["skipped"] * scaler.is_enabled(), "images/s", "steps/s"]
-    log = Log(out / "log_stage2.csv", fields, start, args.iters, rank)
-    by_first(rank, world, device, log.begin, start)
-    images = f"{len(run['labeled'])} labelled and {len(run['unlabeled'])} unlabelled images"
-    log.show(f"{out}: {images}, {args.iters - start} steps on {world} x {device}")
-    began = time.monotonic() - seconds
-    b = share_of_batch(args.batch_size, rank, world)
-    share = world * (b.stop - b.start) / args.batch_size  # makes DDP's mean over processes one over images
-
-    def store(done, scores):
-        """Write the checkpoint, and before it, with the last step's scores, what else a run leaves."""
-        check_finite(nets, optimizer, done)
-        seconds = time.monotonic() - began
-        if scores:
-            save(student_record(student, dataset, args), out / "student_stage2.pt")
-            write_result(out, "stage2", args, done, seconds, device, watch.skipped[0], scores, best)
-        state = {**run, "step": done, "seconds": seconds, "best": best, "skipped": watch.skipped}
-        save_checkpoint(path, state, nets, optimizer, scaler)
-
-    autocast = partial(torch.autocast, device.type, amp, enabled=amp is not None)
-    watch = Watch(rank, skipped)
-    for step in range(start, args.iters):
-        (image, label), (image_u, image_u_strong) = next(batches)
-        torch.manual_seed(step_seed(args.seed, STAGE, step, rank))
-        image, image_u, image_u_strong = (
-            normalize(x.to(device, non_blocking=True)) for x in (image, image_u, image_u_strong)
-        )
-        label = label.to(device, non_blocking=True).long()
-
-        nets.eval()  # teacher and ELN label with fixed statistics, before they learn from this step
-        with autocast():
-            pseudo_label, valid, feature_t = make_pseudo_labels(
-                teacher, eln, image_u, args.filter, args.threshold, with_contrast
-            )
-
-        nets.train()
-        optimizer.zero_grad(set_to_none=True)
-        # Each backward pass frees its graph before the next is built, so that memory holds one at a time. The
-        # student's second pass averages over processes what both have added up: hence no_sync in the first.
-        with main.no_sync() if world > 1 else nullcontext():
-            with autocast():
-                logits, _, encoded = main(image)
-            L_sup = share * supervised_loss(logits, label)  # Eq. (2)
-            scaler.scale(L_sup).backward()
-        row = {"L_sup": L_sup}
-
-        if with_eln:  # the rest of Eq. (7)
-            with autocast():
-                aux_logits, valid_logits = auxiliary(image, logits, *encoded)
-            L_aux = share * auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
-            if args.filter == "eln":
-                L_eln = share * eln_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
-            else:
-                L_eln = share * ecn_loss(valid_logits, label)
-            scaler.scale(L_aux + L_eln).backward()
-            row.update(L_aux=L_aux, L_eln=L_eln)
-
-        with autocast():
-            logits_u, feature_s = main(image_u_strong, with_contrast)[:2]
-        L_pseudo = share * pseudo_label_loss(logits_u, pseudo_label, valid)  # Eq. (9)
-        L_pseudo = L_pseudo * ("pseudo" in args.losses)  # 0 rather than left out: DDP needs every parameter
-        L_contra = L_pseudo.new_zeros(())
-        if "pseudo" in args.losses:
-            row["L_pseudo"] = L_pseudo
-        if with_contrast:
-            features = feature_s, feature_t, pseudo_label, valid
-            f, f_t, label_s, label_t, share_V = contrast_batch(*features, args, step, rank, world)
-            L_contra = share_V * contrastive_loss(f, f_t, label_s, label_t, args.tau, chunk=ROWS)  # Eq. (10)
-            row["L_contra"] = L_contra
-        L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
-        scaler.scale(L_unlabeled).backward()
-        row["accepted"] = share * valid.float().mean()
-
-        scaler.unscale_(optimizer)
-        row = watch.look(step, row, optimizer, scaler, world)
-        scaler.step(optimizer)
-        scaler.update()
-        ema_update(teacher, student, args.beta)  # Eq. (8)
-        same_statistics(nets, world, device)
-
-        done, scores = step + 1, {}
-        last = done == args.iters
-        validate, write = done % args.eval_every == 0 or last, done % args.log_every == 0 or last
-        if validate or write:
-            rate = log.steps_per_second(done)
-            row.update({"images/s": 2 * rate * args.batch_size, "steps/s": rate})
-            if with_eln:
-                row.update(judgement(logits, aux_logits, valid_logits, label, world))
-            if validate:
-                for name, network in (("mIoU", student), ("mIoU_teacher", teacher)):
-                    matrices = score(network, dataset, args.size, device, rank, world, args.workers)
-                    scores[name] = row[name] = mean_iou(matrices["resized"])
-                    best[name] = max(best.get(name, 0.0), scores[name])
-            if scaler.is_enabled():
-                row["skipped"] = watch.skipped[0]
-            by_first(rank, world, device, log.write, done, row)
-        if done % args.save_every == 0 or last or watch.stop:
-            by_first(rank, world, device, store, done, last and scores)
-        if watch.stop and not last:
-            raise watch.stopped(path, done)
-        logits = encoded = aux_logits = valid_logits = logits_u = feature_s = feature_t = None  # frees memory
-    log.show(f"stage 2: mIoU {scores['mIoU']:.2f}  ({out / 'student_stage2.pt'})")
 
 
 if __name__ == "__main__":

@@ -1,406 +1,315 @@
-"""Seconds and memory of training, Eq. (10), loader and evaluation, as Markdown. Not a test; CI leaves it out.
+"""Seconds, memory and FLOPs of training steps and of Eq. (10), as Markdown. Not a test; CI leaves it out.
 
     python tests/benchmark.py                                          # small networks, for a CPU
     python tests/benchmark.py --device cuda --amp bfloat16 --workers 4 --backbone resnet50 \
-        --eln-backbone resnet34 --width 256 --size 512 512 --batch-size 6 --sizes 4096 98304
+        --eln-backbone resnet34 --width 256 --size 512 512 --batch-size 6 --contrast-pixels 4096
 
-Steps are those of the scripts, run as a user runs them, on JPEG images drawn here; their seconds are without
-the rows of the log. Seconds are medians after warm-up; a FLOP is an addition or a multiplication.
+Seconds are medians after warm-up, on a GPU of ten steps at a time; a FLOP is an addition or a multiplication.
 """
 
 import argparse
-import contextlib
-import csv
-import io
-import itertools
-import json
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
 import torchvision
-from PIL import Image
+from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import conv2d, interpolate, normalize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from data import load_dataset, make_loader  # noqa: E402
-from evaluate import score  # noqa: E402
-from losses import contrastive_loss, supervised_loss  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import losses  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
-from train_stage1 import AMP_TYPES, make_networks  # noqa: E402
-from train_stage2 import ROWS  # noqa: E402
+from eln import AuxiliaryNetworks, eln_input  # noqa: E402
+from model import DeepLabV3Plus  # noqa: E402
 
-C = 21
-WARM_UP = 2  # rows of a log, or calls
+WARM_UP = 2  # groups of steps, or of calls
 
 
 def table(title, head, rows):
-    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}", flush=True)
+    """Print a Markdown table; numbers with three digits."""
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for row in rows:
-        cells = [x if isinstance(x, str) else f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in row]
+        cells = (x if isinstance(x, str) else f"{x:.3g}" if x < 1000 else f"{x:,.0f}" for x in row)
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def draw_images(folder, number, size):
-    """The layout of --dataset folder: smooth noise, masks of squares; the last two images for validation."""
-    rng = np.random.default_rng(0)
-    for kind in ("images", "masks"):
-        (folder / kind).mkdir(parents=True)
-    for i in range(number):
-        coarse = Image.fromarray(rng.integers(0, 256, (size[0] // 8, size[1] // 8, 3), dtype=np.uint8))
-        coarse.resize(size[::-1], Image.Resampling.BICUBIC).save(folder / f"images/{i}.jpg", quality=90)
-        coarse = Image.fromarray(rng.integers(0, C, (size[0] // 32, size[1] // 32), dtype=np.uint8))
-        coarse.resize(size[::-1], Image.Resampling.NEAREST).save(folder / f"masks/{i}.png")
-    (folder / "train.txt").write_text("\n".join(map(str, range(number - 2))))
-    (folder / "val.txt").write_text(f"{number - 2}\n{number - 1}\n")
-    (folder / "classes.txt").write_text("\n".join(f"class{c}" for c in range(C)))
+def now(args):
+    """The time, once a GPU has done its work; the most GiB that its tensors took since the last call."""
+    if args.device == "cpu":
+        return time.perf_counter(), float("nan")
+    torch.cuda.synchronize()
+    most = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return time.perf_counter(), most
 
 
-def run_script(args, script, out, *options, processes=1, threads=None):
-    """Run a script to its end. Returns its log's rows, and its entry of result.json."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    command = [*start, ROOT / script, "--out", out, "--device", args.device, "--amp", args.amp, *options]
-    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-    stage = "stage1" if "1" in script else "stage2"
-    with open(out / f"log_{stage}.csv") as file:
-        return list(csv.DictReader(file)), json.loads((out / "result.json").read_text())[stage]
+def medians(args, marks):
+    """now() before, between and after groups of steps -> median seconds a step, most GiB; after warm-up."""
+    times, gib = zip(*marks[WARM_UP:])
+    return statistics.median(b - a for a, b in zip(times, times[1:])) / args.group, max(gib[1:])
 
 
-def options_of(args, work, steps, every):
-    """The command lines of the two stages, `steps` of each of their three kinds, without --out."""
-    common = ["--log-every", every, "--eval-every", 10**6, "--workers", args.workers]
-    options = ["--dataset", "folder", "--data", work / "data", "--ratio", "1/2", "--weights", "none"]
-    options += ["--eln-weights", "none", "--backbone", args.backbone, "--eln-backbone", args.eln_backbone]
-    options += ["--width", args.width, "--size", *args.size, "--batch-size", args.batch_size]
-    options += ["--pretrain-iters", steps, "--eln-iters", steps]
-    return options + common, ["--iters", steps, "--contrast-pixels", args.contrast_pixels, *common]
+def measured(args, call):
+    """Median seconds of call(), and the most GiB on a GPU."""
+    groups = ([call() for _ in range(args.group)] for _ in range(WARM_UP + args.repeats))
+    return medians(args, [now(args), *(now(args) for _ in groups)])
 
 
-def median_seconds(rows):
-    return statistics.median(1 / float(row["steps/s"]) for row in rows[WARM_UP:])
+class Count(TorchDispatchMode):
+    """Counts operations, and the most bytes of tensors alive at any moment (not what kernels need inside).
 
+    tensors  those from before, which count too; real ones or, in FakeTensorMode, ones without memory"""
 
-def train_both(args, work, name, **how):
-    """Seconds a step of pre-training, joint training and stage 2, and peak GiB of the two stages."""
-    every = 1 if args.device == "cpu" else 10
-    steps, out = every * (WARM_UP + args.repeats), work / name
-    one, two = options_of(args, work, steps, every)
-    one, result1 = run_script(args, "train_stage1.py", out, *one, **how)
-    two, result2 = run_script(args, "train_stage2.py", out, "--stage1", out / "stage1.pt", *two, **how)
-    half = len(one) // 2
-    seconds = [median_seconds(rows) for rows in (one[:half], one[half:], two)]
-    return seconds, [result["peak_memory_gib"] for result in (result1, result2)]
+    def __init__(self, tensors):
+        super().__init__()
+        self.operations, self.most, self.alive = 0, 0, {}  # alive: {storage: (weak reference, bytes)}
+        tree_map_only(torch.Tensor, self.add, tensors)
 
-
-def waiting(args, work):
-    """Steps with the loader, and with its first batch kept in memory."""
-    every, stages = 10, ((train_stage1, "stage1"), (train_stage2, "stage2"))
-    steps, out = every * (WARM_UP + args.repeats), work / "kept"
-    device, rows = torch.device(args.device), []
-    for (module, stage), options in zip(stages, options_of(args, work, steps, every)):
-        options = [*options, "--device", args.device, "--amp", args.amp]
-        options += ["--stage1", out / "stage1.pt"] if stage == "stage2" else ["--eln-iters", "1"]
-        loader, seconds = module.make_loader, []
-        for kept in (False, True):
-            argv = [str(x) for x in [*options, "--out", f"{out}-{stage}" if kept else out]]
-            if kept:
-                module.make_loader = lambda *a, **how: itertools.repeat(next(iter(loader(*a, **how))))
-            with contextlib.redirect_stdout(io.StringIO()):
-                module.train(module.parse_args(argv), 0, 1, device)
-            with open(Path(argv[-1]) / f"log_{stage}.csv") as file:
-                seconds.append(median_seconds(list(csv.DictReader(file))[: steps // every]))
-        rows.append(("pre-training" if stage == "stage1" else "stage 2", *seconds, seconds[0] / seconds[1]))
-    table("Seconds a step", ["step", "with the loader", "batch in memory", "ratio"], rows)
-
-
-def timed(args, call):
-    """Median seconds of call()."""
-    seconds = []
-    for _ in range(WARM_UP + args.repeats):
-        began = time.perf_counter()
-        call()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[WARM_UP:])
-
-
-def gigabytes_of(args, call):
-    """GiB that call() takes at most, beyond what is there before; nan where it cannot be told."""
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 2**30
-    try:
-        def resident(field):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) for line in lines if line.startswith(field))
-
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the highest value begins anew
-        before = resident("VmRSS")
-        call()
-        return (resident("VmHWM") - before) / 2**20
-    except OSError:
-        return float("nan")
-
-
-def reference_seconds(args, images):
-    """A training step of torchvision's deeplabv3_resnet50, AdamW and cross-entropy."""
-    network = torchvision.models.segmentation.deeplabv3_resnet50(weights_backbone=None, num_classes=C)
-    network = network.to(args.device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.AdamW(network.parameters())
-    X = torch.randn(images, 3, *args.size, device=args.device)
-    Y = torch.randint(C, (images, *args.size), device=args.device)
-
-    def step():
-        kind = AMP_TYPES[args.amp]
-        with torch.autocast(args.device, kind, enabled=kind is not None):
-            logits = network(X)["out"]
-        optimizer.zero_grad(set_to_none=True)
-        supervised_loss(logits, Y).backward()
-        optimizer.step()
-
-    return timed(args, step)
-
-
-def flops_of(call, backward=True):
-    with FlopCounterMode(display=False) as counter:
-        out = call()
-        if backward:
-            sum(x.sum() for x in out if x is not None).backward()
-    return counter.get_total_flops()
-
-
-def paper_flops(args):
-    """FLOPs of the paper's passes in a step of pre-training, joint training, stage 2: counted, not run."""
-    B, (H, W) = args.batch_size, args.size
-    with torch.device("meta"):
-        nets = make_networks(C, args)
-        X, x = torch.empty(B, 3, H, W), torch.empty(B, 3 + C + 1, H, W)
-        low, high = (x.detach() for x in nets.main.encoder(X))
-        main = flops_of(lambda: nets.main(X)[:1])
-        aux = flops_of(lambda: nets.auxiliary.decoders[0](low, high, (H, W)))
-        eln = flops_of(lambda: [nets.auxiliary.eln(x)])
-        student = flops_of(lambda: nets.main(X, embed=True)[:2])
-        labels = flops_of(lambda: nets.main(X, embed=True), backward=False)
-        labels += flops_of(lambda: nets.auxiliary.eln(x), backward=False)
-    K = len(args.alphas)
-    joint = main + K * aux + (K + 1) * eln
-    return main, joint, joint + student + labels
-
-
-def convolution_rate(args):
-    """FLOP/s of a decoder's 3x3 convolution at stride 4, forward and backward."""
-    kind, n = AMP_TYPES[args.amp] or torch.float32, 10
-    conv = torch.nn.Conv2d(args.width, args.width, 3, padding=1, bias=False, device=args.device, dtype=kind)
-    conv = conv.to(memory_format=torch.channels_last)
-    shape = args.batch_size, args.width, args.size[0] // 4, args.size[1] // 4
-    x = torch.randn(shape, device=args.device, dtype=kind).to(memory_format=torch.channels_last)
-    x, gradient = x.requires_grad_(), torch.ones_like(x)
-
-    def call():
-        for _ in range(n):
-            torch.autograd.grad(conv(x), (x, conv.weight), gradient)
-
-    return n * flops_of(lambda: [conv(x)]) / timed(args, call)
-
-
-def steps(args, work):
-    seconds, memory = train_both(args, work, "run")
-    floor, rate = paper_flops(args), convolution_rate(args)
-    one, two = (reference_seconds(args, images) for images in (args.batch_size, 2 * args.batch_size))
-    rows = [
-        (name, s, s / reference, f / 1e9, s * rate / f, gib)
-        for name, s, reference, f, gib in zip(
-            ("pre-training", "stage 1", "stage 2"), seconds, (one, one, two), floor, ("", *memory)
-        )
-    ]
-    head = ["step", "seconds", "over torchvision's", "GFLOP", "over its convolutions'", "peak GiB"]
-    table(
-        "A step: seconds; over those of torchvision's deeplabv3_resnet50 on as many images; over those that "
-        f"the paper's FLOPs take at the rate of one 3x3 convolution, {rate / 1e9:.0f} GFLOP/s", head, rows
-    )
-
-
-def scaling(args, work):
-    rows = [("1 process, 2 threads", *train_both(args, work, "one", threads=2)[0])]
-    rows.append(("2 processes, 1 thread each", *train_both(args, work, "two", processes=2, threads=1)[0]))
-    table("Seconds a step", ["processes", "pre-training", "stage 1", "stage 2"], rows)
-
-
-def product_rate(args):
-    """FLOP/s of the product of 4,096 features with as many."""
-    f = torch.randn(4096, 128, device=args.device)
-    return 2 * 4096 * 4096 * 128 / timed(args, lambda: f @ f.T)
-
-
-def contrast(args, work):
-    rows, rate = [], product_rate(args)
-    for n in args.sizes:
-        f = torch.randn(n, 128, device=args.device, requires_grad=True)
-        f_t, label = torch.randn(n, 128, device=args.device), torch.randint(C, (n,), device=args.device)
-        error = ""
-        if n <= 5000:
-            exact = f.detach().double().requires_grad_()
-            contrastive_loss(exact, f_t.double(), label, label, chunk=ROWS).backward()
-            contrastive_loss(f, f_t, label, label, chunk=ROWS).backward()
-            error = float((f.grad - exact.grad).abs().max() / exact.grad.abs().max())
-        for chunk in (ROWS, 4 * ROWS, None):
-            if chunk is None and n > 20000:
-                continue
-
-            def call():
-                f.grad = None
-                contrastive_loss(f, f_t, label, label, chunk=chunk).backward()
-
-            began = time.perf_counter()
-            memory = gigabytes_of(args, call)
-            seconds = time.perf_counter() - began
-            if seconds < 10:  # else once has to do
-                seconds = timed(args, call)
-            products = (2 if chunk is None else 3) * 2 * n * n * 128  # keys have no gradient
-            rows.append((str(n), str(chunk), seconds, memory, seconds * rate / products, error))
-    head = ["pixels", "chunk", "seconds", "extra GiB", "over its products", "gradient's error"]
-    table(
-        "Eq. (10), forward and backward; over the time of its products alone, at the rate of one, "
-        f"{rate / 1e9:.0f} GFLOP/s; largest error of a gradient against float64, over the largest gradient",
-        head, rows
-    )
-
-
-def saved_gib(call):
-    """GiB that autograd keeps for the backward pass of call(), each storage once; and what call() returns."""
-    kept = {}
-
-    def pack(tensor):
+    def add(self, tensor):
         storage = tensor.untyped_storage()
-        kept[id(storage)] = storage  # held, so that its id stays its own
-        return tensor
+        self.alive.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = call()
-    return sum(storage.nbytes() for storage in kept.values()) / 2**30, result
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
+        tree_map_only(torch.Tensor, self.add, out)
+        self.most = max(self.most, sum(nbytes for _, nbytes in self.alive.values()))
+        self.operations += 1
+        return out
 
 
-def memory(args, work):
-    """Counted on tensors without memory: which part of a step holds what at the paper's settings."""
+def counted(step, nets, optimizer, *rest):
+    """FLOPs, operations and most GiB of tensors of one step(nets, optimizer, *rest)."""
+    held = *nets.parameters(), *nets.buffers(), *optimizer.state.values()
+    with Count(list(held)) as count, FlopCounterMode(display=False) as flops:
+        step(nets, optimizer, *rest)
+    return flops.get_total_flops(), count.operations, count.most / 2**30
+
+
+def make_networks(args, real=True):
+    """Student, teacher, decoders and ELN; an optimizer that has its moments; a batch; args."""
+    C = args.classes
+    torch.manual_seed(0)
+    with torch.device(args.device):
+        main, teacher = (DeepLabV3Plus(C, args.backbone, "none", args.width) for _ in range(2))
+        auxiliary = AuxiliaryNetworks(C, main.encoder, args)
+        nets = nn.ModuleDict({"main": main, "teacher": teacher.requires_grad_(False), "auxiliary": auxiliary})
+        images = [torch.randn(args.batch_size, 3, *args.size) for _ in range(3)]
+        label = torch.randint(C, (args.batch_size, *args.size))
+    if real:  # tensors without memory refuse it
+        nets.to(memory_format=torch.channels_last)
+    for p in nets.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer = torch.optim.AdamW([p for p in nets.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    optimizer.step()
+    return nets, optimizer, [x.to(memory_format=torch.channels_last) for x in images], label, args
+
+
+def our_step(nets, optimizer, images, label, args, kind="stage 2", passes=2, contrast=True):
+    """A step as the scripts do it. passes=3: L_sup has a backward pass of its own."""
+    image, image_u, image_a = images
+    if kind == "stage 2":
+        nets.eval()
+        with args.autocast:
+            labels = train_stage2.make_pseudo_labels(nets.teacher, nets.auxiliary.eln, image_u, args)
+    nets.train()
+    optimizer.zero_grad()
+    with args.autocast:
+        logits, _, encoded = nets.main(image)
+    loss = losses.supervised_loss(logits, label)
+    if kind != "pre-training":
+        if passes == 3:
+            loss = loss.backward() or 0
+        with args.autocast:
+            aux_logits, valid_logits = nets.auxiliary(image, logits, *encoded)
+        loss = loss + losses.auxiliary_loss(aux_logits, logits, label, args.alphas)
+        loss = loss + losses.eln_loss(valid_logits, [logits, *aux_logits], label)
+    loss.backward()
+    if kind == "stage 2":
+        pseudo_label, valid, f_t = labels
+        with args.autocast:
+            logits, f, _ = nets.main(image_a, embed=True)
+        loss = losses.pseudo_label_loss(logits, pseudo_label, valid) + 0 * f.sum()
+        if contrast:
+            pixels = train_stage2.pixels_of_V(f, f_t, pseudo_label, valid, args, 1, 0, 1)[:4]
+            loss = loss + losses.contrastive_loss(*pixels)
+        loss.backward()
+        losses.ema_update(nets.teacher, nets.main)
+    optimizer.step()
+
+
+def released_step(nets, optimizer, images, label, args):
+    """A stage 2 step as the released code is built. Facts: the student's encoder runs five times, ELN once
+    for each of four predictions; the teacher is in train mode; pseudo labels and mask are of stride 4;
+    both views learn. Guesses: two of the five are for the auxiliary decoders; one backward pass for all."""
+    (image, image_u, image_a), student, auxiliary = images, nets.main, nets.auxiliary
+    nets.train()
+    optimizer.zero_grad()
+    with args.autocast:
+        with torch.no_grad():
+            logits_t, feature_t, (low, _) = nets.teacher(image_u, embed=True)
+            B_u = auxiliary.eln(eln_input(image_u, logits_t))
+            again = [student.encoder(image) for _ in args.alphas]
+        predictions = [student(image)[0]]
+        predictions += [D(*e, image.shape[2:])[0] for D, e in zip(auxiliary.decoders, again)]
+        valid_logits = [auxiliary.eln(eln_input(image, P)) for P in predictions]
+        views = [student.decoder(*student.encoder(x), low.shape[2:], True) for x in (image_u, image_a)]
+    pseudo_label = interpolate(logits_t, low.shape[2:], mode="bilinear").argmax(dim=1)
+    valid = interpolate(B_u[:, None], low.shape[2:], mode="bilinear")[:, 0] > 0
+    loss = losses.supervised_loss(predictions[0], label) + losses.eln_loss(valid_logits, predictions, label)
+    loss = loss + losses.auxiliary_loss(predictions[1:], predictions[0], label, args.alphas)
+    for logits, feature in views:
+        loss = loss + losses.pseudo_label_loss(logits, pseudo_label, valid)
+        loss = loss + contrast_of_crops(feature, feature_t, pseudo_label.masked_fill(~valid, 255))
+    loss.backward()
+    optimizer.step()
+    for average, weight in zip(nets.teacher.parameters(), student.parameters()):
+        average.mul_(0.995).add_(weight.detach(), alpha=0.005)
+
+
+def contrast_of_crops(feature, feature_t, label):
+    """One log of pooled sums for each of 8 crops (of one image: a guess) and class; the teacher anchors."""
+    (B, h, w), total = label.shape, 0 * feature.float().sum()
+    n = min(32, h, w)
+    for _ in range(8):
+        b, i, j = (int(torch.randint(end, ())) for end in (B, h - n + 1, w - n + 1))
+        Y, f, f_t = (x[b, ..., i : i + n, j : j + n].flatten(-2) for x in (label, feature, feature_t))
+        f, f_t = (normalize(x.float(), dim=0) for x in (f, f_t))
+        for c in Y[Y != 255].unique():
+            d = (f_t[:, Y == c].T @ f / 0.5).exp()
+            positive, negative = d[:, Y == c].sum(), d[:, (Y != c) & (Y != 255)].sum()
+            total = total - (positive / (positive + negative)).log() / (Y == c).sum() / 8
+    return total
+
+
+def torchvision_seconds(args, images):
+    """A training step of torchvision's deeplabv3_resnet50."""
+    network = torchvision.models.get_model("deeplabv3_resnet50", weights_backbone=None, num_classes=21)
+    network.to(args.device, memory_format=torch.channels_last)
+    forward, network.forward = network.forward, lambda image: (forward(image)["out"], None, None)
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+    image = torch.randn(images, 3, *args.size, device=args.device)
+    label = torch.randint(21, (images, *args.size), device=args.device)
+    batch = nn.ModuleDict({"main": network}), optimizer, [image] * 3, label, args
+    return measured(args, lambda: our_step(*batch, "pre-training"))[0]
+
+
+def steps(args):
+    """Steps of the scripts on `shapes`, loader included, beside what can be checked anywhere."""
+    groups, marks, rows = WARM_UP + args.repeats, [], []
+    n = groups * args.group
+    one = ["--backbone", args.backbone, "--eln-backbone", args.eln_backbone, "--width", args.width, "--size"]
+    one += [*args.size, "--batch-size", args.batch_size, "--pretrain-iters", n, "--eln-iters", n + 1]
+    two = ["--iters", n + 1, "--contrast-pixels", args.contrast_pixels]  # the last one also evaluates
+
+    def timed(batches):
+        for step, batch in enumerate(batches):
+            if step % args.group == 0:
+                marks.append(now(args))
+            yield batch
+
+    with tempfile.TemporaryDirectory() as run:
+        for module, options in ((train_stage1, one), (train_stage2, two)):
+            options += ["--device", args.device, "--amp", args.amp, "--workers", args.workers, "--out", run]
+            options += ["--log-every", 10**6, "--eval-every", 10**6, "--save-every", 10**6]
+            options, progress = module.parse_args([*map(str, options)]), module.progress
+            with mock.patch.object(module, "progress", lambda b, *rest: progress(timed(b), *rest)):
+                module.train(options, *train_stage1.start_process(options))
+
+    shapes = (args.batch_size, args.width, *(n // 4 for n in args.size)), (args.width, args.width, 3, 3)
+    x, weight = (torch.randn(shape, device=args.device, dtype=args.dtype) for shape in shapes)
+    x, weight = (y.to(memory_format=torch.channels_last).requires_grad_() for y in (x, weight))
+    grads = lambda: torch.autograd.grad(conv2d(x, weight, padding=1), (x, weight), x.detach())  # noqa: E731
+    rate = 3 * 2 * weight.numel() * x[:, 0].numel() / measured(args, grads)[0]
+    for first, kind in ((0, "pre-training"), (groups, "joint training"), (2 * groups + 1, "stage 2")):
+        s, most = medians(args, marks[first : first + groups + 1])
+        with FakeTensorMode():
+            flops, _, gib = counted(our_step, *make_networks(args, False), kind, 2, False)
+        reference = torchvision_seconds(args, args.batch_size * (1 + (kind == "stage 2")))
+        rows.append((kind, s, s / reference, flops / 1e9, s * rate / flops, gib, most))
+    head = "step", "seconds", "over torchvision's", "GFLOP", "over FLOPs'", "GiB of tensors", "GiB on a GPU"
+    table("Steps of the scripts: over torchvision's deeplabv3_resnet50 on as many images; over the time "
+          f"of their FLOPs at the rate of one 3x3 convolution, {rate / 1e9:.0f} GFLOP/s", head, rows)
+
+
+def memory(args):
+    """Stage 2 at the paper's settings, counted on tensors without memory."""
+    rows, paper = [], argparse.Namespace(**{**vars(args), "eln_backbone": "resnet34", "width": 256})
+    settings = ("VOC", 6, [512, 512], 21), ("Cityscapes", 4, [512, 1024], 19)
+    for setting, paper.backbone, amp in product(settings, ("resnet50", "resnet101"), ("bfloat16", "off")):
+        name, paper.batch_size, paper.size, paper.classes = setting
+        paper.autocast = torch.autocast(args.device, torch.bfloat16, enabled=amp != "off")
+        with FakeTensorMode():
+            flops, _, two = counted(our_step, *make_networks(paper, False), "stage 2", 2, False)
+            three = counted(our_step, *make_networks(paper, False), "stage 2", 3, False)[2]
+        rows.append((name, paper.backbone, amp, flops / 1e12, two, three))
+    head = "data", "backbone", "amp", "TFLOP", "GiB of tensors", "the same, L_sup with a backward of its own"
+    table("A step of stage 2 at the paper's settings, counted without Eq. (10)", head, rows)
+
+
+def contrast(args):
+    """Eq. (10), forward and backward, in one piece and in parts."""
     rows = []
-    paper = argparse.Namespace(**{**vars(args), "eln_backbone": "resnet34", "width": 256})
-    settings = itertools.product(
-        (("VOC, 6 x 512x512", 6, (512, 512)), ("Cityscapes, 4 x 512x1024", 4, (512, 1024))),
-        ("resnet50", "resnet101"), ("off", "bfloat16"),
-    )
-    for (name, B, size), paper.backbone, amp in settings:
-        with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=amp == "bfloat16"):
-            nets, X = make_networks(C, paper), torch.empty(B, 3, *size)
-            main, auxiliary = (sum(p.nbytes for p in nets[key].parameters()) for key in ("main", "auxiliary"))
-            labelled, (logits, _, encoded) = saved_gib(lambda: nets.main(X))
-            decoders, _ = saved_gib(
-                lambda: [decoder(*(x.detach() for x in encoded), size) for decoder in nets.auxiliary.decoders]
-            )
-            judged, _ = saved_gib(lambda: nets.auxiliary(X, logits, *encoded))
-            perturbed, _ = saved_gib(lambda: nets.main(X, embed=True)[:2])
-        static = (4 * (main + auxiliary) + main) / 2**30  # weights, gradients, two moments; the teacher
-        largest = static + max(labelled, judged, perturbed)
-        parts = (static, labelled, decoders, judged - decoders, perturbed, largest)
-        rows.append((f"{name}, {paper.backbone}", amp, *parts))
-    head = ["setting", "amp", "weights and AdamW", "X", "K decoders", "ELN", "A.X", "largest sum"]
-    table(
-        "GiB that each backward pass of stage 2 keeps, counted, not measured. The decoders' and ELN's is one "
-        "pass, the others come before and after it; what a kernel needs for itself is not in it", head, rows
-    )
+    for n in args.pixels:
+        f, f_t = (torch.randn(n, 128, device=args.device, requires_grad=i == 0) for i in range(2))
+        label = torch.randint(21, (n,), device=args.device)
+
+        def gradient(function, dtype=torch.float32):
+            return torch.autograd.grad(function(f.to(dtype), f_t.to(dtype), label, label, 0.5), f)[0]
+
+        exact = gradient(losses.contrastive_loss, torch.float64) if n <= 5000 else f.detach() * torch.nan
+        for function in (losses.contrastive_loss, train_stage2.contrastive_loss_in_parts)[n > 20000 :]:
+            with Count([f, f_t]) as count:
+                error = (gradient(function) - exact).abs().max() / abs(exact).max()
+            seconds, _ = measured(args, lambda: gradient(function))
+            rows.append((str(n), function.__name__, seconds, count.most / 2**30, float(error)))
+    head = "pixels", "function", "seconds", "GiB of tensors", "gradient's error against float64"
+    table("Eq. (10), forward and backward; the error is over the largest gradient", head, rows)
 
 
-def loading(args, work):
-    dataset = load_dataset("folder", work / "data")
+def released(args):
+    """Side by side: a stage 2 step of this code, and one with the released code's structure."""
     rows = []
-    for workers in (0, args.workers) if args.workers else (0,):
-        for labeled in (True, False):
-            warm_up = WARM_UP + 2 * workers  # workers run ahead
-            number = warm_up + 10 * args.repeats
-            of_steps = (0, 1, 0), 0, number  # seeds; first and last step
-            batches = iter(make_loader(
-                dataset, dataset.train, args.size, labeled, args.batch_size, *of_steps, workers=workers
-            ))
-            for _ in range(warm_up):
-                next(batches)
-            began = time.perf_counter()
-            images = sum(args.batch_size for _ in batches)
-            kind = "labelled" if labeled else "unlabelled, two views"
-            rows.append((kind, str(workers), images / (time.perf_counter() - began)))
-    table("The loader alone", ["images", "workers", "images/s"], rows)
-    began = time.perf_counter()
-    command = [sys.executable, ROOT / "train_stage1.py", "--log-every", "1", "--out", work / "start"]
-    command += ["--device", args.device]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        if any(line.startswith("1/") for line in process.stdout):
-            seconds = time.perf_counter() - began
-            print(f"\nFrom the command to the end of the first step of `shapes`: {seconds:.1f} s")
-        process.kill()
-
-
-def evaluation(args, work):
-    rows, device = [], torch.device(args.device)
-    network = make_networks(C, args, auxiliary=False).main.to(device, memory_format=torch.channels_last)
-    for size in (args.size, [1024, 2048]):
-        folder = work / f"evaluation-{size[0]}"
-        draw_images(folder, 3, size)
-        dataset = load_dataset("folder", folder)
-
-        def call():
-            score(network, dataset, size, device)
-
-        call()
-        memory, seconds = gigabytes_of(args, call), timed(args, call)
-        rows.append((f"{size[0]}x{size[1]}", len(dataset.val) / seconds, memory))
-    table("Evaluation", ["size", "images/s", "extra GiB"], rows)
-
-
-PARTS = {part.__name__: part for part in (steps, memory, scaling, contrast, loading, waiting, evaluation)}
+    for name, step in (("this code", our_step), ("released code's structure", released_step)):
+        setting = make_networks(args)
+        flops, operations, gib = counted(step, *setting)
+        rows.append((name, flops / 1e9, operations, *measured(args, lambda: step(*setting)), gib))
+    rows.append(("ratio", *(theirs / ours for ours, theirs in zip(rows[0][1:], rows[1][1:]))))
+    head = "step of stage 2", "GFLOP", "operations", "seconds", "GiB on a GPU", "GiB of tensors"
+    table("This code beside the released code's structure", head, rows)
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all, scaling on a CPU only")
-    add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--amp", choices=AMP_TYPES, default="off")
-    add("--backbone", default="resnet18")
-    add("--eln-backbone", default="resnet18")
-    add("--width", type=int, default=64)
-    add("--size", type=int, nargs=2, default=[128, 128], metavar=("H", "W"))
-    add("--batch-size", type=int, default=4)
-    add("--contrast-pixels", type=int, default=1024)
-    add("--sizes", type=int, nargs="+", default=[1024, 4096, 16384], help="pixels of Eq. (10)")
-    add("--workers", type=int, default=0)
-    add("--repeats", type=int, default=5)
-    args = parser.parse_args()
-    args.weights, args.eln_weights, args.alphas, args.corrector = "none", "none", [20.0, 50.0], "eln"
+    parts = {part.__name__: part for part in (steps, memory, contrast, released)}
+    usage = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(**usage)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; by default all")
+    parser.add_argument("--size", type=int, nargs=2, default=[128, 128], metavar=("H", "W"))
+    parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 4096, 16384], help="of contrast")
+    usual = dict(device="cpu", amp="off", backbone="resnet18", eln_backbone="resnet18", width=64, batch_size=4)
+    for name, value in {**usual, "contrast_pixels": 1024, "workers": 0, "repeats": 5}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
+    fixed = dict(classes=7, alphas=[20.0, 50.0], corrector="eln", eln_weights="none", filter="eln", seed=0)
+    args = parser.parse_args(namespace=argparse.Namespace(**fixed))
+    args.dtype = torch.float32 if args.amp == "off" else getattr(torch, args.amp)
+    args.autocast = torch.autocast(args.device, args.dtype, enabled=args.amp != "off")
+    args.group = 10 if args.device == "cuda" else 1
     machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    print(f"{machine}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"torchvision {torchvision.__version__}; {' '.join(sys.argv[1:])}")
-    parts = args.parts or [name for name in PARTS if name != "scaling" or args.device == "cpu"]
-    with tempfile.TemporaryDirectory() as work:
-        draw_images(Path(work) / "data", 26, args.size)
-        for name in parts:
-            PARTS[name](args, Path(work))
+    print(machine, torch.get_num_threads(), "threads, torch", torch.__version__, *sys.argv[1:])
+    for name in args.parts or parts:
+        parts[name](args)
 
 
 if __name__ == "__main__":

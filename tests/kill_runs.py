@@ -18,7 +18,7 @@ from pathlib import Path
 from conftest import ROOT, TINY, same_run
 
 STAGE1 = ["train_stage1.py", *TINY, *"--out run --pretrain-iters 3 --eln-iters 3 --save-every 1".split()]
-STAGE2 = "train_stage2.py --out run --iters 4 --log-every 1 --save-every 1 --device cpu".split()
+STAGE2 = "train_stage2.py run --iters 4 --log-every 1 --save-every 1 --device cpu".split()
 COMMANDS = {1: STAGE1, 2: STAGE2}
 # Runs a script with a ResNet of one block a stage, which is faster to save.
 SHALLOW = """

@@ -36,11 +36,11 @@ LISTED = "--labeled-list datasets/labeled.txt".split()
 STAGE1 = ["train_stage1.py", "--dataset", "folder", *NO_WEIGHTS, *TINY, *LISTED]
 NEW = [*STAGE1, *"--out new --pretrain-iters 1 --eln-iters 0".split()]
 OLD = [*STAGE1, *"--out run --pretrain-iters 1 --eln-iters 1".split()]
-STAGE2 = "train_stage2.py --dataset folder --out run --device cpu --log-every 1 --iters 2".split()
+STAGE2 = "train_stage2.py run --device cpu --log-every 1 --iters 2".split()
 EVALUATE = "evaluate.py run --device cpu".split()
 EXIF_TURNS = {3: 2, 6: 1, 8: 3}  # orientation: turns of np.rot90 that make the stored from the upright array
 
-TARGETS = "image image image mask mask list list classes checkpoint checkpoint weights result name".split()
+TARGETS = "image image image mask mask list list classes checkpoint checkpoint weights name".split()
 IMAGE_KINDS = (
     "16-bit", "RGBA", "LA", "CMYK", "1-bit", "grey", "palette with transparency", "EXIF", "1x1", "long",
     "bomb", "large", "fraction", "EPS",
@@ -206,7 +206,7 @@ def odd_list(path, rng):
         text, same = f"{line[kind]}\n{text}", False
     elif kind == "UTF-16":
         path.write_bytes(text.encode("utf-16"))
-        return kind, False
+        return kind, True
     elif kind == "no line end":
         text = text.rstrip("\n")
     else:
@@ -305,9 +305,6 @@ def mutate(work, rng):
         command = [*NEW, rng.choice(["--weights", "--eln-weights"]), "resnet.pth"]
         command = [*command, "--eln-iters", "1"]
         case = {"name": path.name, "intact": path.name, "kind": damage(path, rng)}
-    elif what == "result":
-        path = run / rng.choice(["result.json", "log_stage2.csv"])
-        case, command = {"name": path.name, "kind": damage(path, rng)}, STAGE2
     else:
         case, command = {"kind": "non-ASCII", "name": "", "must": "use"}, [*NEW]
         case["new"] = rename(data, rng)

@@ -1,30 +1,36 @@
-"""Tests of evaluate.py: every measure against a literal loop over pixels; what is read, drawn and written.
-
-    python -m pytest tests/test_evaluate.py        (from the root; a few seconds on a CPU)
+"""Tests of evaluate.py: every measure against a literal loop over pixels; what is read, drawn, written, said.
 
 Networks are stand-ins that give known logits, but where saved networks are read again.
 """
 
 import argparse
-import json
+import contextlib
+import io
 import math
 import pickle
+import runpy
+import sys
+from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 import evaluate
-from data import Dataset, InputError, normalize, voc_palette
-from eln import doubt, eln_input, rejected
-from train_stage1 import make_networks, save, student_record
+from data import Dataset, InputError, load_dataset, normalize, resize, voc_palette
+from eln import AuxiliaryNetworks, eln_input
+from model import DeepLabV3Plus
 
 C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
+SHAPES = load_dataset("shapes")
+N = len(SHAPES.classes)
+SCORED = [key for key in SHAPES.val[:20] if N - 1 not in SHAPES.read_label(key)][:2]  # not of the last class
 ARGS = argparse.Namespace(
-    backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=8, alphas=[20.0],
-    size=[32, 32], corrector="eln",
+    dataset="shapes", data="", size=[32, 32], corrector="eln", eln_backbone="resnet18", eln_weights="none",
+    width=8, alphas=[], pretrain_iters=4, eln_iters=3, iters=9, split=0, seed=0,
 )
 
 
@@ -39,49 +45,31 @@ def logits_of(value, h, w):
 class Stub(nn.Module):
     """A segmentation network that recognises images of one grey value, and lists which it saw."""
 
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+    seen = ()
 
     def forward(self, X, embed=False):
         assert not self.training
         value = round(float(X[0, 0, 0, 0]) * 0.229 * 255 + 0.485 * 255)  # ImageNet's mean and deviation
-        self.seen.append(value)
+        self.seen += (value,)
         return logits_of(value, *X.shape[2:])[None], None
 
 
-def bilinear(logits, H, W):
+def bilinear(logits, *size):
     """(C, h, w) -> (C, H, W), between pixel centres, edges repeated."""
-    out = torch.zeros(len(logits), H, W)
-
-    def places(n, N, i):
-        x = max((i + 0.5) * n / N - 0.5, 0)
-        return int(x), min(int(x) + 1, n - 1), x - int(x)
-
-    for i in range(H):
-        top, bottom, y = places(logits.shape[1], H, i)
-        for j in range(W):
-            left, right, x = places(logits.shape[2], W, j)
-            upper = (1 - x) * logits[:, top, left] + x * logits[:, top, right]
-            lower = (1 - x) * logits[:, bottom, left] + x * logits[:, bottom, right]
-            out[:, i, j] = (1 - y) * upper + y * lower
-    return out
+    array = logits.numpy()
+    for axis, n in enumerate(size, start=1):
+        places, known = (np.arange(n) + 0.5) * array.shape[axis] / n - 0.5, np.arange(array.shape[axis])
+        array = np.apply_along_axis(lambda line: np.interp(places, known, line), axis, array)
+    return torch.from_numpy(array)
 
 
 def confusion(prediction, label):
-    matrix = [[0] * C for _ in range(C)]
+    matrix = torch.zeros(C, C).long()
     for row, truth in zip(prediction, label):
         for p, y in zip(row, truth):
             if y != 255:
-                matrix[y][p] += 1
-    return torch.tensor(matrix)
-
-
-def test_count_is_a_confusion_matrix_without_void():
-    label, prediction = labels(0, 9, 11), labels(1, 9, 11) % C
-    got = evaluate.count(torch.from_numpy(prediction).long(), torch.from_numpy(label).long(), C)
-    assert got.tolist() == confusion(prediction.tolist(), label.tolist()).tolist()
-    assert evaluate.count(torch.zeros(2, 2).long(), torch.full((2, 2), 255), C).sum() == 0
+                matrix[y, p] += 1
+    return matrix
 
 
 def test_iou_is_intersection_over_union_of_the_classes_that_occur():
@@ -92,6 +80,8 @@ def test_iou_is_intersection_over_union_of_the_classes_that_occur():
     assert evaluate.mean_iou(matrix) == pytest.approx((300 / 6 + 0 + 400 / 7) / 3)
     only_predicted = torch.tensor([[5, 5], [0, 0]])  # a class that is predicted but not there counts 0
     assert evaluate.iou(only_predicted).tolist() == [50, 0]
+    with pytest.raises(InputError, match="nothing to score"):
+        evaluate.mean_iou(torch.zeros(3, 3))
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -111,16 +101,14 @@ def test_score_counts_each_image_once_at_both_resolutions(tmp_path, monkeypatch,
         want["original"] += confusion(bilinear(logits, H, W).argmax(0).tolist(), label.tolist())
     dataset = Dataset("folder", files, [], list(files), list("abc"), voc_palette(), crop)
     assert crop == torch.equal(want["resized"], want["original"])
-    summed = []
-    monkeypatch.setattr(evaluate.dist, "all_reduce", summed.append)  # the test adds the processes up itself
+    monkeypatch.setattr(torch.distributed, "all_reduce", add_up := mock.Mock())  # the test does it itself
     for world in (1, 2, 3):
         network = Stub().train()
         parts = [evaluate.score(network, dataset, size, "cpu", rank, world) for rank in range(world)]
         for name in want:
             assert torch.equal(sum(part[name] for part in parts), want[name])
         assert sorted(network.seen) == [17, 57, 97, 137, 177]
-        assert len(summed) == (world if world > 1 else 0)
-        summed.clear()
+    assert add_up.call_count == 2 + 3
 
 
 def average_precision(scores, wrong):
@@ -133,25 +121,6 @@ def average_precision(scores, wrong):
     return total
 
 
-@pytest.mark.parametrize("levels", [400, 7], ids=["no ties", "ties"])
-def test_average_precision_is_exact(levels):
-    rng = np.random.default_rng(levels)
-    scores = rng.permutation(400) % levels / levels * 20 - 10
-    wrong = rng.random(400) < 0.2 + 0.02 * scores
-    ranking = evaluate.Ranking(-30, 30, "cpu")
-    for part in np.array_split(np.arange(400), 3):
-        ranking.add(torch.from_numpy(scores[part]), torch.from_numpy(wrong[part]))
-    want = average_precision(scores.tolist(), wrong.tolist())
-    assert 0.25 < want < 0.9
-    assert ranking.average_precision() == pytest.approx(want, abs=1e-9)
-
-
-def test_scores_outside_the_steps_keep_their_end():
-    ranking = evaluate.Ranking(-1, 1, "cpu", bins=4)
-    ranking.add(torch.tensor([50.0, 0.3, -0.3, -50.0]), torch.tensor([True, False, True, False]))
-    assert ranking.average_precision() == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-
-
 def literal_rates(positive, claimed):
     hits = sum(p and c for p, c in zip(positive, claimed))
     precision = hits / sum(claimed) if any(claimed) else math.nan
@@ -160,271 +129,291 @@ def literal_rates(positive, claimed):
     return [precision, recall, 2 * hits / both if both else math.nan]
 
 
-@pytest.mark.parametrize("with_eln", [True, False])
-def test_error_localization_is_precision_recall_f1_of_both_classes(with_eln):
-    """Images: 0 ordinary, with void; 1 few errors; 2 none; 3 all void; 4 ELN rejects nothing, and the less
-    certain pixels are wrong."""
+@pytest.mark.parametrize("judge", ["ELN", "s-ECN", None])
+def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
+    # images: 0 ordinary; 1 few errors; 2 none; 3 all void; 4 ELN rejects nothing, and what is unsure is wrong
     H, W, threshold = 6, 7, 0.6
     generator = torch.Generator().manual_seed(0)
     logits = 10 * torch.randn(5, C, H, W, generator=generator)
-    valid = torch.linspace(-20, 20, 5 * H * W)[torch.randperm(5 * H * W, generator=generator)]
-    valid = valid.reshape(5, H, W)
+    order = torch.randperm(5 * H * W, generator=generator)
+    valid = torch.linspace(-20, 20, 5 * H * W)[order].reshape(5, H, W)
     valid[4] = valid[4].abs() + 1
+    valid[0, :2] *= 4  # beyond 30, where doubts are no longer told apart
+    correction = 3 * torch.randn(5, C, H, W, generator=generator)
+    powers, others = np.exp(logits.double().numpy()), np.exp(correction.double().numpy())
     truth = torch.stack([torch.from_numpy(labels(i, H, W)).long() for i in range(5)])
     prediction, (first, second) = logits.argmax(1), logits[4].topk(2, dim=0).values
     truth[1, 1:], truth[2], truth[3] = prediction[1, 1:], prediction[2], 255
     truth[4] = (prediction[4] + (first - second < 12)) % C
     scenes = [(torch.full((1, 3, H, W), float(i)), truth[i], truth[i]) for i in range(5)]
 
-    def network(X):
-        return logits[int(X[0, 0, 0, 0])][None], None
-
     def eln(x):
         i = int(x[0, 0, 0, 0])
         assert torch.equal(x, eln_input(scenes[i][0], logits[i][None]))
-        return valid[i][None]
+        return (valid if judge == "ELN" else correction)[i][None]
 
-    table = evaluate.error_localization(network, eln if with_eln else None, scenes, threshold)
-    assert list(table) == (["ELN"] if with_eln else []) + ["confidence", "entropy", "none"]
-    images = {"ELN": [], "confidence": [], "none": []}  # per image (wrong, rejected) lists
-    doubts = {"ELN": [], "confidence": [], "entropy": [], "none": []}
-    errors = []
-    for i in range(5):
-        rows = {"ELN": ([], []), "confidence": ([], []), "none": ([], [])}
-        for y in range(H):
-            for x in range(W):
-                if truth[i, y, x] == 255:
-                    continue
-                powers = [math.exp(v) for v in logits[i, :, y, x].tolist()]
-                P = [power / sum(powers) for power in powers]
-                wrong = P.index(max(P)) != truth[i, y, x]
-                errors.append(bool(wrong))
-                confident = max(P) > threshold
-                refusals = ("ELN", valid[i, y, x] <= 0), ("confidence", not confident), ("none", False)
-                for name, refused in refusals:
-                    rows[name][0].append(bool(wrong))
-                    rows[name][1].append(bool(refused))
-                doubts["ELN"].append(-float(valid[i, y, x]))
-                doubts["confidence"].append(-max(P))
-                doubts["entropy"].append(-sum(p * math.log(p) for p in P))
-                doubts["none"].append(0.0)
-        for name in rows:
-            images[name].append(rows[name])
-
-    for name in table:
-        # the softmax's scores are counted in steps, so that near neighbours may tie
-        exact = average_precision(doubts[name], errors)
-        assert table[name]["AP"] == pytest.approx(exact, abs=1e-6 if name == "ELN" else 3e-3)
-        if name == "entropy":
-            assert list(table[name]) == ["AP"]
+    network = mock.Mock(side_effect=lambda X: (logits[int(X[0, 0, 0, 0])][None], None))
+    table = evaluate.error_localization(network, eln if judge else None, scenes, threshold)
+    names = [judge] * bool(judge) + ["confidence", "entropy", "none"]
+    assert len(table) == 5 * len(names) - 4  # the entropy rejects nothing: it ranks alone
+    wrong, doubts = [[] for _ in range(5)], {name: [] for name in names}  # the former per image
+    claims = {name: [[] for _ in range(5)] for name in names}
+    for i, y, x in np.ndindex(5, H, W):
+        if truth[i, y, x] == 255:
             continue
-        for positive in ("correct", "error"):
-            error = positive == "error"
-            turned = [[[flag == error for flag in flags] for flags in image] for image in images[name]]
-            each = torch.tensor([literal_rates(*image) for image in turned]).double()
-            pooled = literal_rates(*(sum((image[k] for image in turned), []) for k in (0, 1)))
-            each = pytest.approx(each.nanmean(0).tolist(), abs=1e-6, nan_ok=True)
-            assert table[name][positive]["image"] == each
-            assert table[name][positive]["pooled"] == pytest.approx(pooled, nan_ok=True)
+        P, other = (array[i, :, y, x] / sum(array[i, :, y, x]) for array in (powers, others))
+        c, B = list(P).index(max(P)), float(valid[i, y, x])
+        wrong[i].append(c != int(truth[i, y, x]))
+        judged = {
+            "ELN": (B <= 0, -min(max(B, -30), 30)),
+            "s-ECN": (max(other) != other[c], -math.log(other[c] / (1 - other[c]))),
+            "confidence": (max(P) <= threshold, -max(P)),
+            "entropy": (False, -sum(p * math.log(p) for p in P)),
+            "none": (False, 0.0),
+        }
+        for name in names:
+            claims[name][i].append(judged[name][0])
+            doubts[name].append(judged[name][1])
+    for name in names:
+        # the softmax's scores are counted in steps, so that near neighbours may tie
+        exact = average_precision(doubts[name], sum(wrong, []))
+        assert table[name, "error", "AP"] == [pytest.approx(exact, abs=1e-6 if name == "ELN" else 3e-3)]
+        for positive, same in (("correct", False), ("error", True)) if name != "entropy" else ():
+            images = [[[x == same for x in flags] for flags in image] for image in zip(wrong, claims[name])]
+            each = torch.tensor([literal_rates(*image) for image in images]).double().nanmean(0).tolist()
+            pooled = literal_rates(*(sum(flags, []) for flags in zip(*images)))
+            assert table[name, positive, "image"] == pytest.approx(each, abs=1e-6, nan_ok=True)
+            assert table[name, positive, "pooled"] == pytest.approx(pooled, nan_ok=True)
 
 
-@pytest.mark.parametrize("C", [2, 5])
-def test_the_s_ecn_rejects_and_doubts_by_its_own_class(C):
-    generator = torch.Generator().manual_seed(0)
-    logits, correction = (3 * torch.randn(2, C, 4, 5, generator=generator) for _ in range(2))
-    refused, amount = rejected(correction, logits), doubt(correction, logits)
-    for place in np.ndindex(2, 4, 5):
-        one, other = (x[place[0], :, place[1], place[2]].tolist() for x in (logits, correction))
-        c = one.index(max(one))
-        odds = math.exp(other[c]) / sum(math.exp(value) for k, value in enumerate(other) if k != c)
-        assert refused[place] == (other.index(max(other)) != c)
-        assert float(amount[place]) == pytest.approx(-math.log(odds))
-
-
-def result(folder, mIoU, stage="stage2", **arguments):
-    entry = {"mIoU": mIoU, "best_mIoU": mIoU + 1, "steps": 400, "arguments": {"lr": 0.1, **arguments}}
-    if stage == "stage2":
-        entry |= {"mIoU_teacher": mIoU + 2, "best_mIoU_teacher": mIoU + 3}
-    folder.mkdir(exist_ok=True)
-    path = folder / "result.json"
-    path.write_text(json.dumps({**evaluate.read_result(path), stage: entry}))
-    return folder
+def checkpoint(path, stage=2, step=9, rows=(), networks=None, labeled=4, **args):
+    """Write a checkpoint as the train scripts do, with `labeled` labelled images. Returns its path."""
+    content = {"stage": stage, "args": {**vars(ARGS), **args}, "step": step, "rows": list(rows)}
+    content.update(networks=networks or {}, optimizer={}, scaler={}, classes=SHAPES.classes)
+    torch.save({**content, "labeled": ["l"] * labeled, "unlabeled": SHAPES.train[:2]}, path)
+    return path
 
 
 def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed(tmp_path):
-    runs = [
-        result(tmp_path / "a", 30.0, split=0, seed=0, filter="eln", out="a"),
-        result(tmp_path / "b", 36.0, split=1, seed=5, filter="eln", out="b"),
-        result(tmp_path / "c", 20.5, split=0, seed=0, filter="none", out="c"),
-        result(tmp_path / "d", 10.0, "stage1", split=0, seed=0),
+    rows = [{"step": 1}, *({"mIoU": x, "mIoU_teacher": 40.0} for x in (10.0, 31.0, 30.0)), {"step": 4}]
+    other, eln = [{"mIoU": 36.0, "mIoU_teacher": 42.0}], {"filter": "eln", "lr": 0.1}
+    table = evaluate.compare([
+        checkpoint(tmp_path / "a.pt", rows=rows, **eln, out="a", labeled_list="x/0.txt"),
+        checkpoint(tmp_path / "b.pt", rows=other, **eln, out="b", labeled_list="1.txt", split=1, seed=5),
+        checkpoint(tmp_path / "c.pt", rows=rows, labeled=8, filter="none", lr=0.1),
+        checkpoint(tmp_path / "e.pt", rows=[{"mIoU": 10.0}, {"mIoU": 5.0}], stage=1, step=5, lr=0.1),
+        checkpoint(tmp_path / "f.pt", stage=1, step=7, lr=0.2),
+    ]).splitlines()
+    assert table[2:] == [  # the sample's deviation of two is their distance over the root of 2
+        "| stage2, filter eln, labeled 4 | 2 "
+        "| 33.00 ± 4.24 | 33.50 ± 3.54 | 41.00 ± 1.41 | 41.00 ± 1.41 | 9 |",
+        "| stage2, filter none, labeled 8 | 1 | 30.00 | 31.00 | 40.00 | 40.00 | 9 |",
+        "| stage1, lr 0.1 | 1 | 5.00 | 10.00 |  |  | 5 of 7 |",  # still in training
+        "| stage1, lr 0.2 | 1 |  |  |  |  | 7 |",
     ]
-    result(tmp_path / "a", 5.0, "stage1", split=0, seed=0)
-    lines = evaluate.compare(runs).splitlines()
-    sd = f"{math.sqrt(((30 - 33) ** 2 + (36 - 33) ** 2) / (2 - 1)):.2f}"
-    assert lines[2:] == [
-        f"| stage2, filter eln | 2 | 33.00 ± {sd} | 34.00 ± {sd} | 35.00 ± {sd} | 36.00 ± {sd} | 400 |",
-        "| stage2, filter none | 1 | 20.50 | 21.50 | 22.50 | 23.50 | 400 |",
-        "| stage1 | 1 | 10.00 | 11.00 |  |  | 400 |",
-    ]
-    assert len({line.count("|") for line in lines}) == 1
-    assert evaluate.compare([runs[0], runs[3]], stage=1).splitlines()[2:] == [
-        "| stage1 | 2 | 7.50 ± 3.54 | 8.50 ± 3.54 |  |  | 400 |"
-    ]
-    with pytest.raises(InputError, match="b has no stage1"):
-        evaluate.compare(runs, stage=1)
-
-
-@pytest.mark.parametrize("text", ["", "{", "[1]", '{"stage1": {}}', '{"stage1": 3}', "\0\0"])
-def test_a_damaged_result_is_refused(tmp_path, text):
-    (tmp_path / "result.json").write_text(text)
-    with pytest.raises(InputError, match="result.json is damaged"):
-        evaluate.read_result(tmp_path / "result.json")
+    assert {line.count("|") for line in table} == {8}
 
 
 class Bomb:
-    """Unpickling it the ordinary way creates a file."""
-
-    def __init__(self, path):
-        self.path = str(path)
+    """Unpickling it the ordinary way creates the file `trace`."""
 
     def __reduce__(self):
-        return open, (self.path, "w")
+        return open, ("trace", "w")
 
 
 UNREADABLE = {
-    "missing": None, "empty": b"", "zeros": b"\0" * 1000, "hello": b"hello", "a: 1": b"a: 1\n", "G": b"G",
-    "zip": b"PK\x03\x04" + bytes(200), "list": [1, 2], "number": 5, "other dict": {"network": {}},
-    "half a dict": {"args": {}, "step": 3},
+    "missing": None, "empty": b"", "zeros": b"\0" * 1000, "YAML": b"a: 1\n", "pickle": b"G", "number": 5,
+    "zip": b"PK\x03\x04" + bytes(200), "list": [1, 2], "half a dict": {"args": {}, "step": 3},
+    "code": {**dict.fromkeys(evaluate.KEYS), "x": Bomb()},
+    "another stage": {**dict.fromkeys(evaluate.KEYS), "stage": 2}, 0.1: 0.1, 0.5: 0.5, 0.9: 0.9, 0.999: 0.999,
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
-def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, case):
-    path, content = tmp_path / "stage1.pt", UNREADABLE[case]
-    if isinstance(content, bytes):
-        path.write_bytes(content)
+def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    path, content, x = tmp_path / "stage1.pt", UNREADABLE[case], torch.arange(5000)
+    whole = checkpoint(path, 1, networks={"x": x}).read_bytes()
+    assert torch.equal(evaluate.read_checkpoint(path, stage=1)["networks"]["x"], x)
+    path.unlink()
+    if isinstance(content, (bytes, float)):
+        path.write_bytes(whole[: int(content * len(whole))] if content in (0.1, 0.5, 0.9, 0.999) else content)
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError) as caught:
-        evaluate.read_checkpoint(path)
+        evaluate.read_checkpoint(path, stage=1)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9, 0.999])
-def test_a_truncated_checkpoint_is_refused(tmp_path, keep):
-    path = tmp_path / "stage1.pt"
-    torch.save({"x": torch.zeros(5000), "plain": [1, "a", {"b": 2.5}]}, path)
-    read = evaluate.read_checkpoint(path, ("x",))
-    assert torch.equal(read["x"], torch.zeros(5000)) and read["plain"] == [1, "a", {"b": 2.5}]
-    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    with pytest.raises(InputError, match="stage1.pt"):
-        evaluate.read_checkpoint(path, ("x",))
-
-
-def test_code_in_a_checkpoint_never_runs(tmp_path):
-    trace, path = tmp_path / "trace", tmp_path / "stage1.pt"
-    pickle.loads(pickle.dumps(Bomb(trace))).close()
-    assert trace.exists()  # the bomb is live
-    trace.unlink()
-    torch.save({"x": Bomb(trace)}, path)
-    with pytest.raises(InputError, match="stage1.pt"):
-        evaluate.read_checkpoint(path, ("x",))
-    assert not trace.exists()
+    assert not Path("trace").exists()  # no code was run
+    pickle.loads(pickle.dumps(Bomb())).close()
+    assert Path("trace").exists()  # the bomb is live
 
 
 @pytest.fixture(scope="module")
 def networks():
-    """Networks whose BatchNorm statistics are not those of fresh ones."""
+    """Networks as both stages train them, with BatchNorm statistics that are not those of fresh ones."""
     torch.manual_seed(0)
-    nets = make_networks(C, ARGS).train().to(memory_format=torch.channels_last)  # as the scripts do
+    nets = nn.ModuleDict({name: DeepLabV3Plus(N, "resnet18", "none", 8) for name in ("main", "teacher")})
+    nets["auxiliary"] = AuxiliaryNetworks(N, nets.main.encoder, ARGS)
     image = torch.randn(2, 3, 32, 32) + 1
-    with torch.no_grad():
-        logits, _, encoded = nets.main(image)
-        nets.auxiliary(image, logits, *encoded)
-    return nets.eval()
+    nets.requires_grad_(False).teacher(image)
+    logits, _, encoded = nets.main(image)
+    nets.auxiliary(image, logits, *encoded)
+    for name in ("main", "teacher"):
+        nets[name].decoder.seg[-1].bias[N - 1] = -100  # never predicted
+    return nets.eval().to(memory_format=torch.channels_last)
 
 
-@pytest.fixture
-def student(tmp_path, networks):
-    dataset = Dataset("folder", {}, [], [], list("abc"), voc_palette())
-    save(student_record(networks.main, dataset, ARGS), tmp_path / "student_stage1.pt")
-    return tmp_path / "student_stage1.pt"
+def student(path, network, **changes):
+    """Write a student's file as the train scripts do. Returns its path."""
+    record = {"network": network.state_dict(), "backbone": "resnet18", "width": 8, "classes": SHAPES.classes}
+    record.update(palette=SHAPES.palette[:N].tolist(), size=[32, 32], crop=False)
+    torch.save({**record, **changes}, path)
+    return path
 
 
-def test_a_saved_student_predicts_the_same(student, networks):
-    network, record = evaluate.load_student(student)
+def test_a_saved_student_predicts_the_same(tmp_path, networks):
+    network, record = evaluate.load_student(student(tmp_path / "s.pt", networks.main))
     X = torch.randn(2, 3, 40, 33)
-    with torch.no_grad():
-        assert not network.training and torch.equal(network(X)[0], networks.main(X)[0])
-    palette = [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
-    want = {"classes": ["a", "b", "c"], "palette": palette, "size": [32, 32], "crop": False}
-    assert {key: record[key] for key in want} == want
+    assert not network.training and torch.equal(network(X)[0], networks.main(X)[0])
+    assert (record["classes"], record["size"], record["crop"]) == (SHAPES.classes, [32, 32], False)
+    with pytest.raises(InputError, match="s.pt .*other networks.*size mismatch"):
+        evaluate.load_student(student(tmp_path / "s.pt", networks.main, width=16))
 
 
-def test_a_student_of_another_width_is_refused(student):
-    save({**torch.load(student), "width": 16}, student)
-    with pytest.raises(InputError, match="student_stage1.pt holds other networks.*size mismatch"):
-        evaluate.load_student(student)
-
-
-def test_eln_is_read_from_a_checkpoint(networks):
+@pytest.mark.parametrize("stage, step, trained", [(1, 4, False), (1, 5, True), (2, 1, True)])
+def test_eln_is_read_from_a_checkpoint_that_has_trained_it(networks, stage, step, trained):
     state = networks.state_dict()
-    checkpoint = {"networks": state, "classes": list("abc"), "args": vars(ARGS)}
-    eln = evaluate.load_eln("stage1.pt", checkpoint)
-    x = torch.randn(1, 3 + C + 1, 32, 32)
-    with torch.no_grad():
-        assert not eln.training and torch.equal(eln(x), networks.auxiliary.eln(x))
-    checkpoint["networks"] = {key: value for key, value in state.items() if "eln." not in key}
-    assert evaluate.load_eln("stage1.pt", checkpoint) is None
-    checkpoint["networks"] = {**state, "auxiliary.eln.more": torch.zeros(1)}
-    with pytest.raises(InputError, match="stage1.pt holds other networks.*more"):
-        evaluate.load_eln("stage1.pt", checkpoint)
+    content = {"stage": stage, "step": step, "classes": SHAPES.classes, "args": vars(ARGS), "networks": state}
+    eln, x = evaluate.load_eln("stage.pt", content), torch.randn(1, 3 + N + 1, 32, 32)
+    assert torch.equal(eln(x), networks.auxiliary.eln(x)) and not eln.training if trained else eln is None
+    state["auxiliary.eln.more"] = torch.zeros(1)
+    with pytest.raises(InputError, match="s.pt .*more") if trained else contextlib.nullcontext():
+        evaluate.load_eln("s.pt", content)
+    content["networks"] = networks.main.state_dict(prefix="main.")
+    assert evaluate.load_eln("s.pt", content) is None
 
 
-def test_colour_paints_void_white():
-    painted = evaluate.colour(torch.tensor([[0, 1], [2, 255]]), PALETTE)
-    assert painted.dtype == np.uint8
-    assert painted.tolist() == [[PALETTE[0], PALETTE[1]], [PALETTE[2], [255, 255, 255]]]
-
-
-@pytest.mark.parametrize("with_eln", [True, False])
-def test_fig5_shows_six_panels_and_rejected_pixels_white(with_eln):
-    H, W, zoom = 36, 48, 4  # a panel is about 192 wide
-    X = normalize(torch.full((1, 3, H, W), 90, dtype=torch.uint8))
-    image = torch.randint(0, 256, (3, H, W), dtype=torch.uint8)
-    label, valid = torch.from_numpy(labels(3, H, W)).long(), torch.randn(H, W)
-    eln = (lambda x: valid[None]) if with_eln else None
-    sheet = np.asarray(evaluate.fig5(Stub().eval(), eln, X, image, label, PALETTE))
-    panels = 6 if with_eln else 4
-    assert sheet.shape == (H * zoom + 14, panels * W * zoom + (panels - 1) * 4, 3)
-    corners = [(14 + zoom // 2, k * (W * zoom + 4) + zoom // 2) for k in range(panels)]
-    shown = [sheet[top::zoom, left::zoom][:H, :W].tolist() for top, left in corners]
-    prediction = logits_of(90, H, W).argmax(0)
-    white, red, light, grey = [255] * 3, [220, 40, 40], [225] * 3, [128] * 3
-    for i in range(H):
-        for j in range(W):
-            p, y, refused = int(prediction[i, j]), int(label[i, j]), bool(valid[i, j] <= 0)
-            want = [image[:, i, j].tolist(), white if y == 255 else PALETTE[y], PALETTE[p]]
-            want.append(grey if y == 255 else red if p != y else light)
-            want.append(grey if y == 255 else red if refused else light)
-            want.append(white if refused else PALETTE[p])
-            assert [panel[i][j] for panel in shown] == want[:panels]
+@pytest.mark.parametrize("judge, W", [("ELN", 48), ("s-ECN", 400), (None, 192)])
+def test_fig5_shows_six_panels_and_rejected_pixels_white(judge, W):
+    H, zoom, scale = 12, 4 if W == 48 else 1, 2 if W == 400 else 1  # of panels, of their captions
+    X, image = normalize(torch.full((1, 3, H, W), 90, dtype=torch.uint8)), torch.randint(0, 256, (3, H, W))
+    label, output = torch.from_numpy(labels(3, H, W)).long(), torch.randn(*[C] * (judge == "s-ECN"), H, W)
+    networks, eln = [("(a) prediction", Stub().eval())], (lambda x: output[None]) if judge else None
+    whole = np.asarray(evaluate.figure(networks, eln, X, image.byte(), label, PALETTE))
+    P, Y = logits_of(90, H, W).argmax(0).numpy(), label.numpy()
+    refused = output.argmax(0).numpy() != P if judge == "s-ECN" else output.numpy() <= 0
+    colours, red, light, grey = np.array(PALETTE + [[255] * 3] * 253), [220, 40, 40], [225] * 3, [128] * 3
+    want = {"image": image.permute(1, 2, 0).numpy(), "ground truth": colours[Y], "(a) prediction": colours[P]}
+    for name, mask in (("(b) errors", P != Y), (f"(c) errors found by {judge}", refused)):
+        want[name] = np.where(Y[..., None] == 255, grey, np.where(mask[..., None], red, light))
+    want["(d) prediction, filtered"] = colours[np.where(refused, 255, P)]
+    panels, top, step = 6 if judge else 4, 14 * scale, W * zoom + 4
+    assert whole.shape == (top + H * zoom, panels * step - 4, 3)
+    for k, (name, panel) in enumerate(list(want.items())[:panels]):
+        shown = whole[:, k * step : k * step + W * zoom]
+        assert np.array_equal(shown[top + zoom // 2 :: zoom, zoom // 2 :: zoom], panel), name
+        caption = Image.new("RGB", (W * zoom // scale, 14), "white")
+        ImageDraw.Draw(caption).text((2, 1), name, fill="black")
+        assert np.array_equal(shown[:top], np.asarray(caption.resize((W * zoom, top)))), name
 
 
 @pytest.mark.parametrize("crop", [False, True])
-@pytest.mark.parametrize("mode, suffix", [("RGB", "jpg"), ("L", "png"), ("RGBA", "png")])
-def test_predict_writes_masks_of_the_images_own_size(tmp_path, crop, mode, suffix):
-    H, W, path = 20, 30, tmp_path / f"my.photo.{suffix}"
-    Image.new("L", (W, H), 90).convert(mode).save(path, **({"quality": 100} if suffix == "jpg" else {}))
-    (tmp_path / "out").mkdir()
+def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(tmp_path, capsys, crop):
+    H, W, out = 20, 30, tmp_path / "out"
+    Image.new("RGBA", (W, H), (90, 90, 90, 7)).save(tmp_path / "my.photo.PNG")
+    for name in ("broken.jpg", "notes.txt", "._hidden.png"):
+        (tmp_path / name).write_text("no image")
     record = {"size": [12, 10], "crop": crop, "palette": PALETTE}
-    last = evaluate.predict(Stub().eval(), record, str(path), tmp_path / "out", "cpu")
-    names = {part: tmp_path / "out" / f"my.photo_{part}.png" for part in ("class", "colour", "overlay")}
-    assert last == str(names["overlay"]) and sorted((tmp_path / "out").iterdir()) == sorted(names.values())
-    arrays = {part: np.asarray(Image.open(name)) for part, name in names.items()}
-    logits = logits_of(90, H, W) if crop else bilinear(logits_of(90, 12, 10), H, W)
-    want = logits.argmax(0).numpy()
-    assert np.array_equal(arrays["class"], want)
+    assert evaluate.predict(Stub().eval(), record, [tmp_path], out, "cpu") == 2
+    printed, error = capsys.readouterr()
+    assert printed == f"{out}/my.photo_overlay.png\n" and error.count("\n") == 1 and "broken.jpg" in error
+    want = (logits_of(90, H, W) if crop else bilinear(logits_of(90, 12, 10), H, W)).argmax(0).numpy()
     painted = np.array(PALETTE)[want]
-    assert np.array_equal(arrays["colour"], painted)
-    assert np.abs(arrays["overlay"] - (90 + painted) / 2).max() <= 1
+    for part, pixels in (("class", want), ("colour", painted), ("overlay", (90 + painted) / 2)):
+        shown = np.asarray(Image.open(out / f"my.photo_{part}.png"))
+        assert np.abs(shown - pixels).max() <= (1 if part == "overlay" else 0)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, networks):
+    """Runs: `run` in stage 2 (stage 1's student is its teacher), `early` before ELN is trained; a list."""
+    root = tmp_path_factory.mktemp("place")
+    (root / "list.txt").write_text("\n".join(SCORED))
+    for run, stage, step in (("run", 2, 6), ("run", 1, 7), ("early", 1, 4)):
+        path = root / run / f"stage{stage}.pt"
+        path.parent.mkdir(exist_ok=True)
+        checkpoint(path, stage, step, networks=networks.state_dict() if stage == 2 else None)
+        student(path.with_name(f"student_{path.name}"), networks["main" if stage == 2 else "teacher"])
+    return root
+
+
+@pytest.fixture
+def said(place, capsys, monkeypatch):
+    """said(command line) -> exit code, stdout, stderr of evaluate.py; one line of stderr for code 1 or 2."""
+    monkeypatch.chdir(place)
+
+    def run(line):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split(), "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(evaluate.__file__, run_name="__main__")
+        out, err = capsys.readouterr()
+        assert err.count("\n") == (stop.value.code in (1, 2)), err
+        return stop.value.code or 0, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("options, step, who, names", [
+    ("run", 6, "student", ["main", "teacher"]), ("run --teacher", 6, "teacher", ["teacher", "teacher"]),
+    ("early", 4, "student", ["teacher"]),
+])
+def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, options, step, who, names):
+    monkeypatch.setattr(SHAPES, "val", SCORED)
+    matrices = [evaluate.score(networks[name], SHAPES, (32, 32), "cpu") for name in names]
+    columns = [*matrices[0].values(), *(matrix["resized"] for matrix in matrices[1:])]
+    rows = list(zip(*([*evaluate.iou(m).tolist(), evaluate.mean_iou(m)] for m in columns)))
+    title, _, *lines, last = said(f"{options} --list list.txt")[1].splitlines()
+    assert f"step {step}, {who}: IoU in percent, 2 listed images" in title
+    for name, row, line in zip([*SHAPES.classes, "mean"], rows, lines, strict=True):
+        assert line.split()[0] == name
+        assert list(map(float, line.split()[1:])) == pytest.approx(row, abs=0.006, nan_ok=True)
+    occur = [sum(x == x for x in column[:-1]) for column in zip(*rows)]
+    assert max(occur) < N and last.startswith(f"means over {occur} of {N} classes")
+
+
+def test_figures_and_errors_are_of_unlabelled_images(said):
+    out = said("run --error-localization")[1]
+    assert "2 unlabelled images" in out and "ELN         error       AP" in out
+    said("early --figures 9 --list list.txt")
+    assert sorted(path.stem for path in Path("early/figures").iterdir()) == sorted(SCORED)
+    assert said("early run --figures 1")[1] == f"figure: early/figures/compare/{SHAPES.val[0]}.png\n"
+    whole = np.asarray(Image.open(f"early/figures/compare/{SHAPES.val[0]}.png"))
+    assert (whole[:14, 2 * 196 : 3 * 196 - 4] != whole[:14, 3 * 196 :]).any()  # captions "early" and "run"
+
+
+@pytest.mark.parametrize("options, says", [
+    ("early --teacher", "of stage 1"), ("early --list list.txt", "no mask"), ("run early", "--compare"),
+    ("early --predict no.png", "no.png"), ("list.txt", "list.txt/student_stage1.pt does not exist"),
+    ("early --predict a/v.png v.png", "v.png and a/v.png would give the same files"),
+])
+def test_what_cannot_be_used_is_refused_in_one_line(said, monkeypatch, options, says):
+    monkeypatch.setattr(Dataset, "has_mask", lambda self, key: key != SCORED[1])
+    code, out, err = said(options)
+    assert (code, out) == (2, "") and err.startswith("evaluate.py: ") and says in err
+
+
+@pytest.mark.parametrize("error, code", [(KeyboardInterrupt, 130), (OSError("full"), 1)])
+def test_exit_codes(said, monkeypatch, error, code):
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", mock.Mock(side_effect=error))
+    assert said("run") == (code, "", "evaluate.py: full\n" * (code == 1))
+
+
+def test_the_teacher_predicts_and_strange_names_are_printed(said, networks, monkeypatch):
+    image = np.random.default_rng(0).integers(0, 256, (40, 36, 3), np.uint8)
+    Image.fromarray(image).save("größe.png")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
+    assert said("run --teacher --predict größe.png")[0] == 0
+    assert sys.stdout.buffer.getvalue() == b"run/predictions/gr??e_overlay.png\n"
+    X = normalize(resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))[0])[None]
+    want = bilinear(networks.teacher(X)[0][0], 40, 36).argmax(0).numpy()
+    assert (np.asarray(Image.open("run/predictions/größe_class.png")) != want).mean() < 0.01  # but for ties

@@ -7,7 +7,6 @@ A function that is added to losses.py fails until `inputs`, LITERAL and SIGNATUR
 
 import ast
 import copy
-import gc
 import inspect
 import itertools
 import math
@@ -29,19 +28,19 @@ SIGNATURES = {
     "supervised_loss": "(logits, label, ignore_index=255)",
     "auxiliary_loss": "(aux_logits, logits, label, alphas, ignore_index=255)",
     "correctness": "(logits, label, ignore_index=255)",
-    "weighted_cross_entropy": "(valid_logit, correct, reweight=True, ignore_index=255)",
+    "weighted_cross_entropy": "(valid_logit, correct, reweight=True)",
     "eln_loss": "(valid_logits, predictions, label, reweight=True, ignore_index=255)",
     "labeled_loss": "(sup, aux, eln)",
     "ema_update": "(teacher, student, beta=0.995)",
     "pseudo_label_loss": "(logits, pseudo_label, valid)",
-    "contrastive_loss": "(anchor, key, anchor_label, key_label, tau=0.5, ignore_index=255, chunk=None)",
+    "contrastive_loss": "(anchor, key, anchor_label, key_label, tau=0.5, ignore_index=255)",
     "unlabeled_loss": "(pseudo, contra)",
 }
 OPTIONS = {
     "weighted_cross_entropy": [{}, {"reweight": False}],
     "eln_loss": [{}, {"reweight": False}],
     "ema_update": [{}, {"beta": 0.5}],
-    "contrastive_loss": [{}, {"chunk": 2}, {"tau": 0.01}],
+    "contrastive_loss": [{}, {"tau": 0.01}],
 }
 CASES = [(name, options) for name in PUBLIC for options in OPTIONS.get(name, [{}])]
 LOSSES = [case for case in CASES if case[0] not in ("correctness", "ema_update")]
@@ -190,7 +189,7 @@ def literal_9(logits, pseudo_label, valid):
     return total / valid.numel()
 
 
-def literal_10(anchor, key, anchor_label, key_label, tau=0.5, chunk=None):
+def literal_10(anchor, key, anchor_label, key_label, tau=0.5):
     def d(a, b):
         return math.exp(sum(x * y for x, y in zip(a, b)) / (math.hypot(*a) * math.hypot(*b)) / tau)
     V = [i for i, label in enumerate(anchor_label.tolist()) if label != 255]
@@ -378,14 +377,13 @@ DEGENERATE = {  # the value, then the arguments
 @pytest.mark.parametrize("name, case", [(name, case) for name in DEGENERATE for case in DEGENERATE[name]])
 def test_degenerate_case_has_its_value_and_finite_gradients(name, case, dtype):
     expected, *args = DEGENERATE[name][case]
-    for options in [{}, {"chunk": 1}] if name == "contrastive_loss" else [{}]:
-        args = fresh(args, dtype)
-        with torch.autograd.set_detect_anomaly(True):  # refuses a NaN within the backward pass, too
-            loss = getattr(losses, name)(*args, **options)
-            assert loss.requires_grad and loss.isfinite().all()
-            assert loss.mean().item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
-            loss.sum().backward()
-        assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in trained(name, args))
+    args = fresh(args, dtype)
+    with torch.autograd.set_detect_anomaly(True):  # refuses a NaN within the backward pass, too
+        loss = getattr(losses, name)(*args)
+        assert loss.requires_grad and loss.isfinite().all()
+        assert loss.mean().item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        loss.sum().backward()
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in trained(name, args))
 
 
 def test_no_auxiliary_decoder_gives_0():
@@ -428,35 +426,23 @@ def contrast(anchors=slice(None), keys=slice(None), **options):
 
 
 @pytest.mark.parametrize("options", [
-    {"chunk": 1}, {"chunk": 3}, {"chunk": 6}, {"chunk": 11},
     {"anchors": [5, 3, 1, 0, 4, 2]}, {"keys": [6, 2, 0, 5, 3, 1, 4]},
-    {"anchors": [2, 5, 0, 4, 3, 1], "keys": [3, 4, 1, 6, 0, 2, 5], "chunk": 4},
+    {"anchors": [2, 5, 0, 4, 3, 1], "keys": [3, 4, 1, 6, 0, 2, 5]},
     {"anchors": [0, 1, 2, 4, 5]}, {"keys": [0, 1, 2, 4, 5, 6]},  # all but the void ones
 ])
-def test_contrast_depends_neither_on_chunk_nor_order_nor_void(options):
+def test_contrast_depends_neither_on_order_nor_on_void(options):
     assert_close(contrast(**options), contrast(), 1e-12)
 
 
-def test_contrast_in_chunks_keeps_no_chunk_for_the_backward_pass():
-    kept = []
-    anchor, key = torch.randn(2, 64, 2)
-    label = torch.arange(64) % 3
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
-        losses.contrastive_loss(anchor.requires_grad_(), key, label, label, chunk=16)
-    assert max(kept) < 16 * 64
-
-
-def test_contrast_in_chunks_holds_no_copy_of_the_keys_for_each_class():
-    def held():
-        tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
-        return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-
-    anchor, key = torch.randn(2, 128, 64)
-    label = torch.arange(128) % 32
-    before = held()
-    loss = losses.contrastive_loss(anchor.requires_grad_(), key, label, label, chunk=4)
-    assert loss.requires_grad  # its graph is alive
-    assert sum(size for address, size in held().items() if address not in before) < 6 * key.nbytes
+def test_parts_of_the_anchors_add_up_to_all_of_them():
+    """Eq. (10) is a mean over anchors given all keys: how processes and parts of a batch share it."""
+    anchor, key, label, key_label = inputs("contrastive_loss")
+    total, V = 0, (label != 255).sum()
+    for part in ([0, 3], [1], [5, 2, 4]):
+        mean = losses.contrastive_loss(anchor[part], key, label[part], key_label)
+        total = total + mean * (label[part] != 255).sum() / V
+    total.backward()
+    assert_close(torch.cat([total.detach()[None], anchor.grad.flatten()]), contrast(), 1e-12)
 
 
 def test_ema_of_three_steps_in_place():

@@ -16,9 +16,9 @@ import torch
 import torchvision
 from torch import nn
 
-from eln import ErrorLocalizationNetwork, eln_input
+from eln import AuxiliaryNetworks, ErrorLocalizationNetwork, eln_input
 from model import ASPP, BACKBONES, Decoder, DeepLabV3Plus, Encoder, WeightsError
-from train_stage1 import make_networks, parameter_groups
+from train_stage1 import prepare
 
 COUNT = "num_batches_tracked"
 CHANNELS = {"resnet18": (64, 512), "resnet34": (64, 512), "resnet50": (256, 2048), "resnet101": (256, 2048)}
@@ -130,7 +130,7 @@ REFUSED = {  # what the file holds, and words of the message
     "a wrapped dict": (lambda s: {"state_dict": s}, ["bn1.bias", "bn1.running_mean"]),
     "a list": (lambda s: list(s.values()), ["list"]),
     "a tensor": (lambda s: s["conv1.weight"], ["Tensor"]),
-    "no file": (lambda s: None, ["does not exist"]),
+    "no file": (lambda s: None, ["No such file"]),
     "an empty file": (lambda s: b"", []),
     "zeros": (lambda s: b"\0" * 1000, []),
     "a zip's beginning": (lambda s: b"PK\x03\x04" + bytes(range(200)), []),
@@ -281,17 +281,21 @@ def test_aspp_image_branch_trains_on_one_image():
     DeepLabV3Plus(3, "resnet18", width=8).train()(torch.randn(1, 3, 32, 32), embed=True)
 
 
-def arguments(**changes):
-    values = dict(backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=16,
-                  corrector="eln", alphas=[20.0, 50.0], lr=1e-4, backbone_lr=None)
-    return argparse.Namespace(**{**values, **changes})
+def make_networks(backbone_lr=None):
+    """The networks of stage 1, and their arguments."""
+    args = argparse.Namespace(
+        eln_backbone="resnet18", eln_weights="none", width=16, corrector="eln", alphas=[20.0, 50.0], lr=1e-4,
+        backbone_lr=backbone_lr, weight_decay=0, amp="off",
+    )
+    main = DeepLabV3Plus(4, "resnet18", "none", 16)
+    return nn.ModuleDict({"main": main, "auxiliary": AuxiliaryNetworks(4, main.encoder, args)}), args
 
 
 def test_dropout_rates_are_the_released_ones():
     def found(module):
         return [m.p for m in module.modules() if isinstance(m, nn.Dropout)]
 
-    nets = make_networks(4, arguments())
+    nets, _ = make_networks()
     assert found(nets.main) == [0.1, 0.5, 0.1]
     assert [found(decoder) for decoder in nets.auxiliary.decoders] == 2 * [[0.1, 0.5, 0.1]]
     assert found(nets.auxiliary.eln) == [0.5, 0.5, 0.1]
@@ -299,9 +303,8 @@ def test_dropout_rates_are_the_released_ones():
 
 @pytest.mark.parametrize("backbone_lr, expected", [(None, 1e-4), (1e-5, 1e-5)])
 def test_every_parameter_is_optimized_and_encoders_have_their_own_rate(backbone_lr, expected):
-    args = arguments(backbone_lr=backbone_lr)
-    nets = make_networks(4, args)
-    optimizer = torch.optim.AdamW(parameter_groups([nets.main, nets.auxiliary], args))
+    nets, args = make_networks(backbone_lr)
+    optimizer = prepare(nets, args, 1, torch.device("cpu"))[2]
     pairs = [(id(p), group["lr"]) for group in optimizer.param_groups for p in group["params"]]
     rates = dict(pairs)
     assert len(pairs) == len(rates) and rates.keys() == {id(p) for p in nets.parameters()}
@@ -312,7 +315,7 @@ def test_every_parameter_is_optimized_and_encoders_have_their_own_rate(backbone_
 
 
 def test_every_parameter_gets_a_gradient():
-    nets = make_networks(4, arguments()).train()
+    nets = make_networks()[0].train()
     image = torch.randn(2, 3, 64, 64)
     logits, feature, encoded = nets.main(image, embed=True)
     aux_logits, valid_logits = nets.auxiliary(image, logits, *encoded)
