@@ -7,25 +7,22 @@
 Seconds are medians after warm-up, on a GPU of ten steps at a time; a FLOP is an addition or a multiplication.
 """
 
-import argparse
-import platform
 import statistics
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from itertools import product
 from pathlib import Path
 from unittest import mock
 
 import torch
-import torchvision
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import conv2d, interpolate, normalize
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.segmentation import deeplabv3_resnet50
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import losses  # noqa: E402
@@ -50,9 +47,9 @@ def now(args):
     if args.device == "cpu":
         return time.perf_counter(), float("nan")
     torch.cuda.synchronize()
-    most = torch.cuda.max_memory_allocated() / 2**30
+    gib = torch.cuda.max_memory_allocated() / 2**30
     torch.cuda.reset_peak_memory_stats()
-    return time.perf_counter(), most
+    return time.perf_counter(), gib
 
 
 def medians(args, marks):
@@ -68,14 +65,12 @@ def measured(args, call):
 
 
 class Count(TorchDispatchMode):
-    """Counts operations, and the most bytes of tensors alive at any moment (not what kernels need inside).
-
-    tensors  those from before, which count too; real ones or, in FakeTensorMode, ones without memory"""
+    """Counts operations, and the most bytes of tensors alive at any moment, those of before included."""
 
     def __init__(self, tensors):
         super().__init__()
         self.operations, self.most, self.alive = 0, 0, {}  # alive: {storage: (weak reference, bytes)}
-        tree_map_only(torch.Tensor, self.add, tensors)
+        torch.utils._pytree.tree_map_only(torch.Tensor, self.add, tensors)
 
     def add(self, tensor):
         storage = tensor.untyped_storage()
@@ -84,7 +79,7 @@ class Count(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         self.alive = {key: value for key, value in self.alive.items() if not value[0].expired()}
-        tree_map_only(torch.Tensor, self.add, out)
+        torch.utils._pytree.tree_map_only(torch.Tensor, self.add, out)
         self.most = max(self.most, sum(nbytes for _, nbytes in self.alive.values()))
         self.operations += 1
         return out
@@ -92,28 +87,28 @@ class Count(TorchDispatchMode):
 
 def counted(step, nets, optimizer, *rest):
     """FLOPs, operations and most GiB of tensors of one step(nets, optimizer, *rest)."""
-    held = *nets.parameters(), *nets.buffers(), *optimizer.state.values()
-    with Count(list(held)) as count, FlopCounterMode(display=False) as flops:
+    held = [*nets.parameters(), *nets.buffers(), *optimizer.state.values()]
+    with Count(held) as count, FlopCounterMode(display=False) as flops:
         step(nets, optimizer, *rest)
     return flops.get_total_flops(), count.operations, count.most / 2**30
 
 
 def make_networks(args, real=True):
     """Student, teacher, decoders and ELN; an optimizer that has its moments; a batch; args."""
-    C = args.classes
     torch.manual_seed(0)
     with torch.device(args.device):
-        main, teacher = (DeepLabV3Plus(C, args.backbone, "none", args.width) for _ in range(2))
-        auxiliary = AuxiliaryNetworks(C, main.encoder, args)
-        nets = nn.ModuleDict({"main": main, "teacher": teacher.requires_grad_(False), "auxiliary": auxiliary})
+        main, teacher = (DeepLabV3Plus(args.classes, args.backbone, "none", args.width) for _ in range(2))
+        auxiliary = AuxiliaryNetworks(args.classes, main.encoder, args)
+        nets = torch.nn.ModuleDict({"main": main, "teacher": teacher, "auxiliary": auxiliary})
         images = [torch.randn(args.batch_size, 3, *args.size) for _ in range(3)]
-        label = torch.randint(C, (args.batch_size, *args.size))
+        label = torch.randint(args.classes, (args.batch_size, *args.size))
     if real:  # tensors without memory refuse it
         nets.to(memory_format=torch.channels_last)
-    for p in nets.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
-    optimizer = torch.optim.AdamW([p for p in nets.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    optimizer.step()
+    teacher.requires_grad_(False)
+    for p in (*main.parameters(), *auxiliary.parameters()):
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.AdamW([*main.parameters(), *auxiliary.parameters()], lr=1e-4, fused=True)
+    optimizer.step()  # gives it its moments
     return nets, optimizer, [x.to(memory_format=torch.channels_last) for x in images], label, args
 
 
@@ -143,7 +138,7 @@ def our_step(nets, optimizer, images, label, args, kind="stage 2", passes=2, con
             logits, f, _ = nets.main(image_a, embed=True)
         loss = losses.pseudo_label_loss(logits, pseudo_label, valid) + 0 * f.sum()
         if contrast:
-            pixels = train_stage2.pixels_of_V(f, f_t, pseudo_label, valid, args, 1, 0, 1)[:4]
+            *pixels, _ = train_stage2.pixels_of_V(f, f_t, pseudo_label, valid, args, 1, 0, 1)
             loss = loss + losses.contrastive_loss(*pixels)
         loss.backward()
         losses.ema_update(nets.teacher, nets.main)
@@ -154,8 +149,7 @@ def released_step(nets, optimizer, images, label, args):
     """A stage 2 step as the released code is built. Facts: the student's encoder runs five times, ELN once
     for each of four predictions; the teacher is in train mode; pseudo labels and mask are of stride 4;
     both views learn. Guesses: two of the five are for the auxiliary decoders; one backward pass for all."""
-    (image, image_u, image_a), student, auxiliary = images, nets.main, nets.auxiliary
-    nets.train()
+    (image, image_u, image_a), student, auxiliary = images, nets.train().main, nets.auxiliary
     optimizer.zero_grad()
     with args.autocast:
         with torch.no_grad():
@@ -186,48 +180,40 @@ def contrast_of_crops(feature, feature_t, label):
     for _ in range(8):
         b, i, j = (int(torch.randint(end, ())) for end in (B, h - n + 1, w - n + 1))
         Y, f, f_t = (x[b, ..., i : i + n, j : j + n].flatten(-2) for x in (label, feature, feature_t))
-        f, f_t = (normalize(x.float(), dim=0) for x in (f, f_t))
         for c in Y[Y != 255].unique():
-            d = (f_t[:, Y == c].T @ f / 0.5).exp()
-            positive, negative = d[:, Y == c].sum(), d[:, (Y != c) & (Y != 255)].sum()
-            total = total - (positive / (positive + negative)).log() / (Y == c).sum() / 8
+            d = (normalize(f_t[:, Y == c].float(), dim=0).T @ normalize(f.float(), dim=0) / 0.5).exp()
+            total = total - (d[:, Y == c].sum() / d[:, Y != 255].sum()).log() / (Y == c).sum() / 8
     return total
 
 
 def torchvision_seconds(args, images):
     """A training step of torchvision's deeplabv3_resnet50."""
-    network = torchvision.models.get_model("deeplabv3_resnet50", weights_backbone=None, num_classes=21)
-    network.to(args.device, memory_format=torch.channels_last)
+    network = deeplabv3_resnet50(weights_backbone=None).to(args.device, memory_format=torch.channels_last)
     forward, network.forward = network.forward, lambda image: (forward(image)["out"], None, None)
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     image = torch.randn(images, 3, *args.size, device=args.device)
-    label = torch.randint(21, (images, *args.size), device=args.device)
-    batch = nn.ModuleDict({"main": network}), optimizer, [image] * 3, label, args
-    return measured(args, lambda: our_step(*batch, "pre-training"))[0]
+    batch = [image] * 3, torch.zeros_like(image[:, 0], dtype=torch.long), args, "pre-training"
+    return measured(args, lambda: our_step(torch.nn.ModuleDict({"main": network}), optimizer, *batch))[0]
 
 
 def steps(args):
     """Steps of the scripts on `shapes`, loader included, beside what can be checked anywhere."""
-    groups, marks, rows = WARM_UP + args.repeats, [], []
-    n = groups * args.group
+    groups, marks, rows, pixels = WARM_UP + args.repeats, [], [], ["--contrast-pixels", args.contrast_pixels]
+    n = groups * args.group  # steps; a script's last one, which also evaluates, is not among them
     one = ["--backbone", args.backbone, "--eln-backbone", args.eln_backbone, "--width", args.width, "--size"]
     one += [*args.size, "--batch-size", args.batch_size, "--pretrain-iters", n, "--eln-iters", n + 1]
-    two = ["--iters", n + 1, "--contrast-pixels", args.contrast_pixels]  # the last one also evaluates
 
     def timed(batches):
         for step, batch in enumerate(batches):
-            if step % args.group == 0:
-                marks.append(now(args))
+            marks.extend([now(args)] if step % args.group == 0 else [])
             yield batch
-
     with tempfile.TemporaryDirectory() as run:
-        for module, options in ((train_stage1, one), (train_stage2, two)):
+        for module, options in ((train_stage1, one), (train_stage2, ["--iters", n + 1, *pixels])):
             options += ["--device", args.device, "--amp", args.amp, "--workers", args.workers, "--out", run]
             options += ["--log-every", 10**6, "--eval-every", 10**6, "--save-every", 10**6]
             options, progress = module.parse_args([*map(str, options)]), module.progress
             with mock.patch.object(module, "progress", lambda b, *rest: progress(timed(b), *rest)):
                 module.train(options, *train_stage1.start_process(options))
-
     shapes = (args.batch_size, args.width, *(n // 4 for n in args.size)), (args.width, args.width, 3, 3)
     x, weight = (torch.randn(shape, device=args.device, dtype=args.dtype) for shape in shapes)
     x, weight = (y.to(memory_format=torch.channels_last).requires_grad_() for y in (x, weight))
@@ -237,24 +223,24 @@ def steps(args):
         s, most = medians(args, marks[first : first + groups + 1])
         with FakeTensorMode():
             flops, _, gib = counted(our_step, *make_networks(args, False), kind, 2, False)
-        reference = torchvision_seconds(args, args.batch_size * (1 + (kind == "stage 2")))
-        rows.append((kind, s, s / reference, flops / 1e9, s * rate / flops, gib, most))
+        theirs = torchvision_seconds(args, args.batch_size * (1 + (kind == "stage 2")))
+        gib = gib if kind == "stage 2" else ""  # the others hold less than these networks
+        rows.append((kind, s, s / theirs, flops / 1e9, s * rate / flops, gib, most))
     head = "step", "seconds", "over torchvision's", "GFLOP", "over FLOPs'", "GiB of tensors", "GiB on a GPU"
     table("Steps of the scripts: over torchvision's deeplabv3_resnet50 on as many images; over the time "
           f"of their FLOPs at the rate of one 3x3 convolution, {rate / 1e9:.0f} GFLOP/s", head, rows)
 
 
 def memory(args):
-    """Stage 2 at the paper's settings, counted on tensors without memory."""
-    rows, paper = [], argparse.Namespace(**{**vars(args), "eln_backbone": "resnet34", "width": 256})
+    """Stage 2 at the paper's settings and --amp, counted on tensors without memory: takes minutes."""
+    rows, paper = [], Namespace(**{**vars(args), "eln_backbone": "resnet34", "width": 256})
     settings = ("VOC", 6, [512, 512], 21), ("Cityscapes", 4, [512, 1024], 19)
-    for setting, paper.backbone, amp in product(settings, ("resnet50", "resnet101"), ("bfloat16", "off")):
+    for setting, paper.backbone in product(settings, ("resnet50", "resnet101")):
         name, paper.batch_size, paper.size, paper.classes = setting
-        paper.autocast = torch.autocast(args.device, torch.bfloat16, enabled=amp != "off")
         with FakeTensorMode():
             flops, _, two = counted(our_step, *make_networks(paper, False), "stage 2", 2, False)
             three = counted(our_step, *make_networks(paper, False), "stage 2", 3, False)[2]
-        rows.append((name, paper.backbone, amp, flops / 1e12, two, three))
+        rows.append((name, paper.backbone, args.amp, flops / 1e12, two, three))
     head = "data", "backbone", "amp", "TFLOP", "GiB of tensors", "the same, L_sup with a backward of its own"
     table("A step of stage 2 at the paper's settings, counted without Eq. (10)", head, rows)
 
@@ -268,15 +254,14 @@ def contrast(args):
 
         def gradient(function, dtype=torch.float32):
             return torch.autograd.grad(function(f.to(dtype), f_t.to(dtype), label, label, 0.5), f)[0]
-
         exact = gradient(losses.contrastive_loss, torch.float64) if n <= 5000 else f.detach() * torch.nan
         for function in (losses.contrastive_loss, train_stage2.contrastive_loss_in_parts)[n > 20000 :]:
             with Count([f, f_t]) as count:
                 error = (gradient(function) - exact).abs().max() / abs(exact).max()
-            seconds, _ = measured(args, lambda: gradient(function))
-            rows.append((str(n), function.__name__, seconds, count.most / 2**30, float(error)))
-    head = "pixels", "function", "seconds", "GiB of tensors", "gradient's error against float64"
-    table("Eq. (10), forward and backward; the error is over the largest gradient", head, rows)
+            numbers = measured(args, lambda: gradient(function))[0], count.most / 2**30, float(error)
+            rows.append((str(n), function.__name__, *numbers))
+    head = "pixels", "function", "seconds", "GiB of tensors", "a gradient's error, over the largest gradient"
+    table("Eq. (10), forward and backward", head, rows)
 
 
 def released(args):
@@ -293,21 +278,20 @@ def released(args):
 
 def main():
     parts = {part.__name__: part for part in (steps, memory, contrast, released)}
-    usage = dict(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser = argparse.ArgumentParser(**usage)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)}; by default all")
     parser.add_argument("--size", type=int, nargs=2, default=[128, 128], metavar=("H", "W"))
     parser.add_argument("--pixels", type=int, nargs="+", default=[1024, 4096, 16384], help="of contrast")
-    usual = dict(device="cpu", amp="off", backbone="resnet18", eln_backbone="resnet18", width=64, batch_size=4)
-    for name, value in {**usual, "contrast_pixels": 1024, "workers": 0, "repeats": 5}.items():
+    usual = dict(device="cpu", amp="off", backbone="resnet18", eln_backbone="resnet18", width=64)
+    for name, value in dict(usual, batch_size=4, contrast_pixels=1024, workers=0, repeats=5).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value)
-    fixed = dict(classes=7, alphas=[20.0, 50.0], corrector="eln", eln_weights="none", filter="eln", seed=0)
-    args = parser.parse_args(namespace=argparse.Namespace(**fixed))
+    parser.set_defaults(classes=7, alphas=[20, 50], corrector="eln", eln_weights="none", filter="eln", seed=0)
+    args = parser.parse_args()
     args.dtype = torch.float32 if args.amp == "off" else getattr(torch, args.amp)
     args.autocast = torch.autocast(args.device, args.dtype, enabled=args.amp != "off")
     args.group = 10 if args.device == "cuda" else 1
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    print(machine, torch.get_num_threads(), "threads, torch", torch.__version__, *sys.argv[1:])
+    gpu = [torch.cuda.get_device_name()] if args.device == "cuda" else []
+    print(*gpu, torch.get_num_threads(), "threads, torch", torch.__version__, *sys.argv[1:])
     for name in args.parts or parts:
         parts[name](args)
 
