@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -443,12 +444,19 @@ class IndexStream:
             yield [(int(order[draw // self.length][draw % self.length]), draw) for draw in draws]
 
 
+def ignore_ctrl_c(worker_id):
+    """For loader processes: Ctrl-C is the training process's, which ends them without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, rank=0, world=1, workers=0):
     """Batches of Views for the steps start .. stop-1, in order: this process's share of batch_size."""
     views = Views(dataset, ids, size, labeled, stream)
     batches = IndexStream(len(ids), batch_size, stream, start, stop, rank, world)
     pin = torch.cuda.is_initialized()  # not for training on a CPU beside an unused GPU
-    return torch.utils.data.DataLoader(views, batch_sampler=batches, num_workers=workers, pin_memory=pin)
+    return torch.utils.data.DataLoader(
+        views, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_ctrl_c, pin_memory=pin
+    )
 
 
 def prepare_voc(data, counts=(10582, 1449)):

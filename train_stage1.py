@@ -253,6 +253,8 @@ def start_process(args):
 
 def run_script(name, parse_args, train):
     """Parse, join the other processes, train. Exit code 2: one line says which input cannot be used."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
     try:
         args = parse_args()
         train(args, *start_process(args))

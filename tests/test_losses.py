@@ -500,3 +500,14 @@ def test_module_imports_torch_alone_and_keeps_no_state():
     assert {module.split(".")[0] for module in modules} == {"torch"}
     assert ast.get_docstring(TREE)
     assert all(isinstance(node, (ast.Import, ast.FunctionDef)) for node in TREE.body[1:])
+
+
+def test_the_readmes_example_of_copying_a_loss_runs():
+    text = (Path(losses.__file__).parent / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "paste" in part)
+    imports, rest = block.split("\n", 1)
+    namespace = {}
+    exec(imports, namespace)
+    exec(compile(ast.Module([FUNCTIONS["contrastive_loss"]], []), "pasted", "exec"), namespace)
+    exec(rest, namespace)
+    assert namespace["f"].grad.any()
