@@ -1,7 +1,7 @@
 """Stage 1 (Sec. 3.1): the segmentation network, then auxiliary decoders and ELN with it, on labelled images.
 
     python train_stage1.py                                                   # `shapes`, on any machine
-    torchrun --nproc_per_node=3 train_stage1.py --dataset voc --data DIR --ratio 1/20
+    torchrun --nproc_per_node=4 train_stage1.py --dataset voc --data DIR --ratio 1/20
 
 First L_sup alone (--pretrain-iters), then L_labeled = L_sup + L_aux + L_ELN (--eln-iters). The same command
 resumes an interrupted run. --eln-iters 0 leaves L_sup alone: the "Baseline" of Table 1.
@@ -27,11 +27,6 @@ from eln import AuxiliaryNetworks, diagnosis, ecn_loss
 from evaluate import FREE, fill, mean_iou, read_checkpoint, score
 from losses import auxiliary_loss, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, DeepLabV3Plus, WeightsError
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: there two runs in one folder are not noticed
-    fcntl = None
 
 # Sec. 4.1 and 4.2; numbers of steps are the released code's, contrast_pixels is ours; iters are stage 2's.
 VOC = dict(
@@ -183,7 +178,9 @@ def resume(run, steps, nets, optimizer, scaler, rank):
     InputError if it was made with other arguments (but those of FREE), images or classes, or is in use."""
     path, start, rows = Path(run["args"]["out"]) / f"stage{run['stage']}.pt", 0, []
     path.parent.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and fcntl:
+    if rank == 0 and os.name == "posix":  # elsewhere two runs in one folder are not noticed
+        import fcntl
+
         folder = os.open(path.parent, os.O_RDONLY)
         weakref.finalize(nets, os.close, folder)  # the lock ends with the networks, or the process
         try:
@@ -214,14 +211,14 @@ def save(run, dataset, step, rows, nets, optimizer, scaler):
     """The student alone, the log, and last the checkpoint; each is whole at any moment. Ends the run instead
     of saving a number that is not finite; raises OSError if a file cannot be written."""
     args, classes = run["args"], run["classes"]
-    parts = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
-    parts = {name: part.state_dict() for name, part in parts.items()}
+    names = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
+    parts = {name: part.state_dict() for name, part in names.items()}
     moments = (value for state in parts["optimizer"]["state"].values() for value in state.values())
     if not all(value.isfinite().all() for value in (*parts["networks"].values(), *moments)):
         sys.exit(f"a weight or moment is not finite after step {step}; a smaller --lr may help")
     student = {key: args[key] for key in ("backbone", "width", "size")}
-    student.update(network=nets.main.state_dict(), classes=classes, crop=dataset.crop)
-    student["palette"] = dataset.palette[: len(classes)].tolist()
+    palette = dataset.palette[: len(classes)].tolist()
+    student.update(network=nets.main.state_dict(), classes=classes, crop=dataset.crop, palette=palette)
     names = list(dict.fromkeys(name for row in rows for name in row))
     lines = [names, *([row.get(name, "") for name in names] for row in rows)]
     with replacing(Path(args["out"]) / f"student_stage{run['stage']}.pt") as file:
@@ -312,8 +309,7 @@ def parse_args(argv=None):
     add("--eln-weights", help="ELN's first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
     add("--width", type=within(1), help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
     add("--size", type=within(32), nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
-    add("--alphas", type=within(0, 1e9, float), nargs="*", default=[20.0, 50.0],
-        help="one per auxiliary decoder, Eq. (3)")
+    add("--alphas", type=within(0, 1e9, float), nargs="*", default=[20.0, 50.0], help="one per D^k, Eq. (3)")
     add("--corrector", choices=("eln", "ecn"), default="eln", help="ELN, or the s-ECN of Table 3 (Sec. 4.3)")
     add("--pretrain-iters", type=within(0), metavar="STEPS", help="with L_sup alone (Sec. 3.1)")
     add("--eln-iters", type=within(0), metavar="STEPS", help="with L_labeled, Eq. (7); 0: the baseline")

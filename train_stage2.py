@@ -2,7 +2,7 @@
 
     python train_stage2.py                                                   # after train_stage1.py
     python train_stage2.py runs/voc-1_20-0 --filter threshold                # of that run; a rival of Table 3
-    torchrun --nproc_per_node=3 train_stage2.py --dataset voc --ratio 1/20
+    torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
 It begins with the networks of stage 1, whose options count where none are given (but --out, --device, --amp).
 The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
@@ -189,8 +189,7 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN",
-        help="stage 1's folder; by default --out, else that of --dataset, --ratio and --split")
+    add("run", nargs="?", metavar="RUN", help="stage 1's folder; else --out, or --dataset --ratio --split")
     add("--iters", type=within(1), metavar="STEPS", help="of training")
     add("--beta", type=within(0, 1, float), default=0.995, help="share of the teacher in Eq. (8) (Sec. 4.2)")
     add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
@@ -199,8 +198,7 @@ def parse_args(argv=None):
         help="which pseudo labels count (Table 3): those that ELN accepts; those of a confidence above "
         "--threshold; all of the s-ECN's corrections; all. By default what stage 1 trained")
     add("--threshold", type=within(0, 1, float), default=0.9, help="on the softmax, for --filter threshold")
-    add("--losses", nargs="+", choices=("pseudo", "contra"),
-        help="of unlabelled images (Table 6), by default both; pseudo with --filter threshold")
+    add("--losses", nargs="+", choices=("pseudo", "contra"), help="Table 6; both, but pseudo for threshold")
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
     ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
     found = f"runs/{given.dataset}-{ratio.replace('/', '_')}-{given.split}"
