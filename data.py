@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-import signal
+import sys
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -444,9 +444,9 @@ class IndexStream:
             yield [(int(order[draw // self.length][draw % self.length]), draw) for draw in draws]
 
 
-def ignore_ctrl_c(worker_id):
-    """For loader processes: Ctrl-C is the training process's, which ends them without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def be_quiet(worker_id):
+    """For loader processes: when Ctrl-C ends them their threads need not say so. Errors travel with batches."""
+    sys.excepthook = lambda *error: None
 
 
 def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, rank=0, world=1, workers=0):
@@ -455,7 +455,7 @@ def make_loader(dataset, ids, size, labeled, batch_size, stream, start, stop, ra
     batches = IndexStream(len(ids), batch_size, stream, start, stop, rank, world)
     pin = torch.cuda.is_initialized()  # not for training on a CPU beside an unused GPU
     return torch.utils.data.DataLoader(
-        views, batch_sampler=batches, num_workers=workers, worker_init_fn=ignore_ctrl_c, pin_memory=pin
+        views, batch_sampler=batches, num_workers=workers, worker_init_fn=be_quiet, pin_memory=pin
     )
 
 

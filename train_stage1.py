@@ -181,11 +181,11 @@ def resume(run, steps, nets, optimizer, scaler, rank):
     if rank == 0 and os.name == "posix":  # elsewhere two runs in one folder are not noticed
         import fcntl
 
-        folder = os.open(path.parent, os.O_RDONLY)
-        weakref.finalize(nets, os.close, folder)  # the lock ends with the networks, or the process
+        lock = open(path.parent / ".lock", "ab")
+        weakref.finalize(nets, lock.close)  # it ends with the networks, or the process; loaders never hold it
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
             raise InputError(f"another process is training in {path.parent}; use another --out") from None
     if path.exists():
         state = read_checkpoint(path, (*run, "step", "rows", "networks", "optimizer", "scaler"), run["stage"])

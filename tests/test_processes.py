@@ -18,8 +18,8 @@ from data import IndexStream
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 WORLDS, ENDS = (1, 2, 3), (1, 3)  # of stage 1, of stage 2
 VARIANTS = {  # of stage 2: the ending of the folder's name, and the options
-    "300": "--contrast-pixels 300", "0": "--contrast-pixels 0", "pseudo": "--losses pseudo",
-    "contra": "--losses contra", "none": "--filter none",
+    "300": "--contrast-pixels 300", "0": "--contrast-pixels 0", "contra": "--losses contra",
+    "none": "--filter none",
 }
 
 # float64, BatchNorm on fixed statistics, no dropout: the last two differ between one process and several. A
@@ -110,7 +110,7 @@ def test_losses_and_gradients_of_one_process_are_those_of_several(runs, stage, f
             rounding = 1e-6 if key == "accepted" else 1e-9  # that one is a float32
             assert all(abs(other[key] - value) <= rounding * abs(value) for other in others), key
     terms = {key: value for key, value in one.items() if key.startswith("L_")}
-    off = {"pseudo": {"L_contra"}, "contra": {"L_pseudo"}, "none": {"L_aux", "L_eln"}}
+    off = {"contra": {"L_pseudo"}, "none": {"L_aux", "L_eln"}}
     off = off.get(folder.partition("-")[2], set())  # else the gradients below show nothing
     assert len(terms) >= 3 and all((value > 0) != (key in off) for key, value in terms.items())
     if stage == 2 and one["accepted"] != 1:
