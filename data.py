@@ -445,7 +445,7 @@ class IndexStream:
 
 
 def be_quiet(worker_id):
-    """For loader processes: when Ctrl-C ends them their threads need not say so. Errors travel with batches."""
+    """For loader processes: when Ctrl-C ends them their threads need not say so. Errors come with batches."""
     sys.excepthook = lambda *error: None
 
 
