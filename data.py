@@ -8,6 +8,7 @@ image's mask is never opened for training. The images and views of a step depend
 
 import argparse
 import contextlib
+import functools
 import math
 import os
 import re
@@ -28,8 +29,6 @@ from torchvision.transforms.v2 import functional as TF
 
 VOID = 255
 ORDER, VIEW = 0, 1  # parts of the seeds, behind a stream's: of IndexStream, of Views
-MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255  # ImageNet's, of R, G, B
-STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
 EXACT = ("PNG", "TIFF", "BMP", "PPM")  # formats that keep the values of masks
 FORMATS = (*EXACT, "JPEG", "JPEG2000", "WEBP", "GIF")  # formats of images; no EPS: it is a program
 ENDINGS = {end: kind for end, kind in Image.registered_extensions().items() if kind in FORMATS}
@@ -375,9 +374,17 @@ def check_files(dataset, labeled, unlabeled, size):
     return notes
 
 
+@functools.cache
+def mean_and_deviation(device):
+    """ImageNet's, of R, G and B in 0 to 255, each (3, 1, 1); they go to a GPU once."""
+    numbers = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return [torch.tensor(values, device=device)[:, None, None] * 255 for values in numbers]
+
+
 def normalize(image):
     """(..., 3, H, W) uint8 -> X: float32 with ImageNet's mean 0 and deviation 1, on the same device."""
-    return (image - MEAN.to(image.device, non_blocking=True)) / STD.to(image.device, non_blocking=True)
+    mean, deviation = mean_and_deviation(image.device)
+    return (image - mean) / deviation
 
 
 def resize(image, label, size):

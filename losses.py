@@ -134,14 +134,11 @@ def ema_update(teacher, student, beta=0.995):
         theta~_t = beta theta~_(t-1) + (1 - beta) theta_t
 
     teacher, student  two nn.Module of the same structure; beta in [0, 1]
-    Weights and BatchNorm's running mean and variance are averaged; its integer count is copied.
-    Returns None. Raises KeyError if the student lacks one of the teacher's entries."""
-    theta = student.state_dict()
-    for name, average in teacher.state_dict().items():
-        if average.is_floating_point():
-            average.mul_(beta).add_(theta[name], alpha=1 - beta)
-        else:
-            average.copy_(theta[name])
+    Weights and BatchNorm's running mean and variance are averaged; its integer count is left alone, unread.
+    Returns None. Raises RuntimeError if the two differ in structure."""
+    nets = [(*network.parameters(), *network.buffers()) for network in (teacher, student)]
+    averages, theta = ([entry for entry in net if entry.is_floating_point()] for net in nets)
+    torch._foreach_lerp_(averages, theta, 1 - beta)  # one call: hundreds of small ones keep a GPU waiting
 
 
 def pseudo_label_loss(logits, pseudo_label, valid):
@@ -174,21 +171,24 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
     them (the paper prints their sum). An anchor without a positive gives 0 and still counts in |V|; an empty
     V gives 0. Given all keys, parts of the anchors, weighted by their share of V, add up to the whole."""
     dtype = torch.promote_types(anchor.dtype, torch.float32)
-    anchor_label, key_label = anchor_label.cpu(), key_label.cpu()  # a GPU is waited for here, not in the loop
+    labels = torch.cat([anchor_label, key_label]).cpu()  # a GPU is waited for here once, not in the loop
+    classes = labels.unique().tolist()
+    n, m = ([int((part == c).sum()) for c in classes] for part in labels.split([len(anchor), len(key)]))
     with torch.autocast(anchor.device.type, enabled=False):  # else the products are in half precision again
         f = F.normalize(anchor.to(dtype), dim=1) / tau  # f @ f~ = cos / tau = log d
         f_teacher = F.normalize(key.detach().to(dtype), dim=1)
         loss = 0 * f.sum()  # the graph, also where no anchor has a positive
-        for c in anchor_label[anchor_label != ignore_index].unique():
-            f_c = f[anchor_label == c]  # (n, D)
-            positive = key_label == c  # Omega_p of all n anchors
-            negative = (key_label != c) & (key_label != ignore_index)  # Omega_n
-            log_d_p = f_c @ f_teacher[positive].T  # (n, p)
-            log_d_n = f_c @ f_teacher[negative].T  # (n, q)
+        anchors, keys = f[anchor_label.argsort()].split(n), f_teacher[key_label.argsort()].split(m)
+        for c, f_c, positives in zip(classes, anchors, keys):  # of a class: (n, D), Omega_p (p, D)
+            if c == ignore_index or not len(f_c):
+                continue
+            others = [part for k, part in zip(classes, keys) if k not in (c, ignore_index)]
+            negatives = torch.cat([f_teacher[:0], *others])  # Omega_n (q, D)
+            log_d_p, log_d_n = f_c @ positives.T, f_c @ negatives.T
             # log d/(d + s) = logsigmoid(log d - log s), where s sums the negatives
             log_ratio = F.logsigmoid(log_d_p - log_d_n.logsumexp(dim=1, keepdim=True))
-            loss = loss - log_ratio.sum() / max(log_ratio.shape[1], 1)
-        return loss / max(int((anchor_label != ignore_index).sum()), 1)
+            loss = loss - log_ratio.sum() / max(len(positives), 1)
+        return loss / (labels[: len(anchor)] != ignore_index).sum().clamp(min=1)
 
 
 def unlabeled_loss(pseudo, contra):

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import time
+import warnings
 import weakref
 from pathlib import Path
 
@@ -131,7 +132,9 @@ def prepare(nets, args, world, device):
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
     called = [nets[name] if name in nets else None for name in ("main", "auxiliary")]
     if world > 1:
-        called = [net and nn.parallel.DistributedDataParallel(net) for net in called]
+        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor came with PyTorch 2.13
+        ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)  # statistics are equal already
+        called = [net and nn.parallel.DistributedDataParallel(net, **ddp) for net in called]
     return *called, optimizer, scaler, autocast
 
 
@@ -240,6 +243,7 @@ def start_process(args):
     device = torch.device("cuda", local) if gpus else torch.device("cpu")
     if gpus:
         torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # sizes are fixed in training
     if args.amp == "auto":
         native = gpus and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "off" if not gpus else "bfloat16" if native else "float16"

@@ -22,26 +22,31 @@ VARIANTS = {  # of stage 2: the ending of the folder's name, and the options
     "none": "--filter none",
 }
 
-# float64, BatchNorm on fixed statistics, no dropout: the last two differ between one process and several. A
-# shallow ResNet saves time. Logits less each image's mean give an image several classes, and pixels that ELN
-# accepts; all of an image of one colour it rejects. 
+# float64 and no dropout, whose numbers differ between one process and several. A shallow ResNet saves time.
+# Logits less each image's mean give an image several classes.
 EXACT = """
 import json, os
 import torch, torchvision
 import data, eln, evaluate, model, train_stage1, train_stage2
 
 torch.set_default_dtype(torch.float64)
-data.MEAN, data.STD = data.MEAN.double(), data.STD.double()
-torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
-    x, self.running_mean, self.running_var, self.weight, self.bias)
 torch.nn.Dropout.forward = lambda self, x: x
 torchvision.models.get_model = lambda name, weights: torchvision.models.ResNet(
     torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-decode, judge, score = model.Decoder.forward, eln.ErrorLocalizationNetwork.forward, evaluate.score
+decode = model.Decoder.forward
 
 def centred(self, *args):
     logits, feature = decode(self, *args)
     return logits - logits.mean((2, 3), keepdim=True).detach(), feature
+
+model.Decoder.forward = centred
+"""
+
+# BatchNorm on fixed statistics, as CPUs cannot synchronise it. ELN rejects all of an image of one colour.
+ON_CPUS = EXACT + """
+judge, score = eln.ErrorLocalizationNetwork.forward, evaluate.score
+torch.nn.BatchNorm2d.forward = lambda self, x: torch.nn.functional.batch_norm(
+    x, self.running_mean, self.running_var, self.weight, self.bias)
 
 def rejecting(self, x):
     plain = x[:, :3].flatten(2).std(2).amax(1) == 0
@@ -56,8 +61,72 @@ def score_in_full(network, dataset, size, device, rank, world, workers):
         file.write(json.dumps({name: matrix.tolist() for name, matrix in matrices.items()}) + "\\n")
     return matrices
 
-model.Decoder.forward, eln.ErrorLocalizationNetwork.forward = centred, rejecting
+eln.ErrorLocalizationNetwork.forward = rejecting
 train_stage1.score = train_stage2.score = score_in_full
+"""
+
+# What several GPUs do: SyncBatchNorm in train mode. It is PyTorch's own but for five kernels, written here from
+# their definition, and for its refusal of CPUs. V is made of about half of the pixels.
+ON_GPUS = EXACT + """
+import torch.distributed as dist
+from torch import nn
+
+def flat(x):  # (channels, pixels of all images)
+    return x.transpose(0, 1).flatten(1)
+
+def per(v):
+    return v[:, None, None]
+
+def stats(x, eps):
+    return flat(x).mean(1), (flat(x).var(1, unbiased=False) + eps).rsqrt()
+
+def gather_stats(x, mean, invstd, running_mean, running_var, momentum, eps, counts):
+    c, n = counts[:, None], counts.sum()
+    m = (c * mean).sum(0) / n
+    v = (c * (invstd ** -2 - eps + (mean - m) ** 2)).sum(0) / n
+    running_mean.lerp_(m, momentum)
+    running_var.lerp_(v * n / (n - 1), momentum)
+    return m, (v + eps).rsqrt()
+
+def elemt(x, w, b, mean, invstd, eps):
+    return (x - per(mean)) * per(invstd * w) + per(b)
+
+def reduce(dy, x, mean, invstd, w, *needed):
+    s, t = flat(dy).sum(1), flat(dy * (x - per(mean))).sum(1)
+    return s, t, t * invstd, s.clone()
+
+def backward(dy, x, mean, invstd, w, s, t, counts):
+    n = counts.sum()
+    return (dy - per(s / n) - (x - per(mean)) * per(invstd ** 2 * t / n)) * per(invstd * w)
+
+library = torch.library.Library("aten", "IMPL")
+kernels = dict(stats=stats, gather_stats_with_counts=gather_stats, elemt=elemt, backward_reduce=reduce,
+               backward_elemt=backward)
+for name, kernel in kernels.items():
+    library.impl(f"batch_norm_{name}", kernel, "CPU")
+
+def forward(self, x):
+    where = self.running_mean, self.running_var
+    if not self.training:
+        return nn.functional.batch_norm(x, *where, self.weight, self.bias, eps=self.eps)
+    several = dist.group.WORLD, dist.get_world_size()
+    return nn.modules._functions.SyncBatchNorm.apply(
+        x, self.weight, self.bias, *where, self.eps, self.momentum, *several)
+
+nn.SyncBatchNorm.forward = forward
+nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *args: None
+prepare, label = train_stage1.prepare, train_stage2.make_pseudo_labels
+
+def synchronised(nets, args, world, device):
+    return prepare(nn.SyncBatchNorm.convert_sync_batchnorm(nets) if world > 1 else nets, args, world, device)
+
+def bright_half(teacher, eln, image_u, args):
+    pseudo_label, valid, feature_t = label(teacher, eln, image_u, args)
+    return pseudo_label, valid | (image_u.sum(1) > 0), feature_t
+
+train_stage1.prepare = train_stage2.prepare = synchronised
+train_stage2.make_pseudo_labels = bright_half
+train_stage1.same_statistics = train_stage2.same_statistics = lambda *args: None
 """
 
 
@@ -80,7 +149,7 @@ def runs(tmp_path_factory, write_folder, run_apart):
     mask = np.asarray(Image.open(work / f"datasets/masks/{void}.png"))
     Image.fromarray(np.full_like(mask, 255)).save(work / f"datasets/masks/{void}.png")
     Image.new("RGB", (56, 56), (90, 120, 60)).save(work / f"datasets/images/{plain}.jpg")
-    (work / "changes.py").write_text(EXACT)
+    (work / "changes.py").write_text(ON_CPUS)
     stage1 = ["train_stage1.py --dataset folder", *NO_WEIGHTS, *TINY, "--pretrain-iters 1 --eln-iters 1"]
     stage1 = " ".join([*stage1, f"--batch-size 4 --labeled-list datasets/labeled.txt --seed {seed}"])
     stage1 += " --alphas 1 1.1"  # near the main decoder's loss: Eq. (3) takes some images
@@ -135,3 +204,39 @@ def test_validation_counts_every_image_once(runs):
         assert sum(map(sum, json.loads(line)["original"])) == known
     for world, text in ((2, one.splitlines(keepends=True)[0]), (3, one)):  # two processes: stage 1 alone
         assert all((runs / f"matrices_{world}_{rank}.txt").read_text() == text for rank in range(world))
+
+
+@pytest.fixture(scope="module")
+def synchronised(tmp_path_factory, write_folder, run_apart):
+    """Both stages on 1 process, and on 4 with SyncBatchNorm, 6 images split as 6, 2 + 2 + 1 + 1."""
+    work = tmp_path_factory.mktemp("synchronised")
+    write_folder(work / "datasets")
+    (work / "changes.py").write_text(ON_GPUS)
+    stage1 = ["train_stage1.py --dataset folder --labeled-list datasets/labeled.txt", *NO_WEIGHTS, *TINY]
+    stage1 = " ".join([*stage1, "--batch-size 6 --pretrain-iters 1 --eln-iters 1 --alphas 1 1.1"])
+    stage2 = "train_stage2.py 1 --iters 1 --contrast-pixels 300"
+    commands = [f"{world} {free_port()} {stage1} --out {world}" for world in (1, 4)]
+    commands += [f"{world} {free_port()} {stage2} --out {world}-2" for world in (1, 4)]
+    done = run_apart(work, "tests/fork_processes.py", "changes.py", *commands)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line for line in done.stdout.split("\n") if set(line) <= set("0 ")] == ["0", "0 0 0 0"] * 2 + [""]
+    yield work
+    shutil.rmtree(work)
+
+
+@pytest.mark.parametrize("stage, end", [(1, ""), (2, "-2")])
+def test_synchronised_batchnorm_makes_four_uneven_processes_one(synchronised, stage, end):
+    """Losses, every gradient (AdamW's first moment), every running statistic."""
+    one, four = (load(synchronised / f"{world}{end}/stage{stage}.pt") for world in (1, 4))
+    for row, other in zip(one["rows"], four["rows"], strict=True):
+        losses = [key for key in row if key.startswith("L_")]
+        assert losses and all(abs(row[key] - other[key]) <= 1e-9 * row[key] for key in losses)
+    assert len(losses) == {1: 3, 2: 5}[stage] and all(row[key] > 0 for key in losses)
+    pairs = [(state["exp_avg"], four["optimizer"]["state"][key]["exp_avg"], key)
+             for key, state in one["optimizer"]["state"].items()]
+    statistics = [name for name in one["networks"] if "running_" in name]
+    assert len(statistics) > 100
+    pairs += [(one["networks"][name], four["networks"][name], name) for name in statistics]
+    for value, other, name in pairs:
+        assert value.dtype == torch.float64
+        assert (value - other).abs().max() <= 1e-9 * value.abs().max(), name
