@@ -16,6 +16,7 @@ import shutil
 import sys
 import unicodedata
 from collections import Counter
+from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,8 +36,9 @@ ENDINGS = {end: kind for end, kind in Image.registered_extensions().items() if k
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split()
-SHAPES_CLASSES = "background disk ring square striped_square triangle cross".split()
-SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 800, 100, 96
+SHAPES_CLASSES = "background red lime green blue violet".split()
+SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 400, 200, 48
+SHAPES_LIGHT = 0.6  # of a scene: the largest logarithm of its gain on red, green, blue
 
 
 class InputError(ValueError):
@@ -154,6 +156,7 @@ def load_dataset(name, data="datasets"):
         train = [f"train_{i:04d}" for i in range(SHAPES_TRAIN)]
         val = [f"val_{i:04d}" for i in range(SHAPES_VAL)]
         files = dict.fromkeys(train + val, ("drawn", "drawn"))
+        palette = np.uint8([[70] * 3] + [np.multiply(hsv_to_rgb(i / 5, 0.75, 0.9), 255) for i in range(5)])
         return Dataset(name, files, train, val, SHAPES_CLASSES, palette)
     below = {"voc": "VOCdevkit/VOC2012/JPEGImages", "cityscapes": "leftImg8bit", "folder": "images"}[name]
     images, here = Path(data, below), Path(os.path.abspath(data))
@@ -263,44 +266,38 @@ def voc_palette():
 
 
 def draw_scene(key):
-    """One scene of `shapes`, from its id: image (3, 96, 96) uint8, label (96, 96) uint8 with 255 for void.
+    """One scene of `shapes`, from its id: image (3, 48, 48) uint8, label (48, 48) uint8 with 255 for void.
 
-    Objects of six classes occlude each other. Colours are random, so that only form or texture tells the
-    class; rings and crosses are thin; half of the objects have a void rim."""
+    Striped polygons occlude each other; their hue tells the class. But each scene has a light of its own,
+    which scales red, green and blue: a hue must be judged beside the grey background, under lights that a
+    few labelled scenes do not cover. Half of the polygons have a void rim."""
     part, number = key.split("_")
     rng = np.random.default_rng([("train", "val").index(part), int(number)])
-    size = SHAPES_SIZE
-    y, x = np.mgrid[:size, :size]
-    slope = rng.uniform(-0.5, 0.5, (2, 3))
-    image = rng.uniform(40, 215, 3) + x[..., None] * slope[0] + y[..., None] * slope[1]  # (96, 96, 3)
+    size, kinds = SHAPES_SIZE, len(SHAPES_CLASSES) - 1
+    y, x = np.mgrid[:size, :size].astype(float)
+    slope = rng.uniform(-0.5, 0.5, 2)
+    grey = rng.uniform(60, 190) + x * slope[0] + y * slope[1]
+    image = grey[..., None] + rng.uniform(-25, 25, 3)  # (48, 48, 3)
     label = np.zeros((size, size), np.uint8)
-    for _ in range(rng.integers(3, 8)):
-        kind = int(rng.integers(1, len(SHAPES_CLASSES)))
-        name = SHAPES_CLASSES[kind]
-        centre, radius, turn = rng.uniform(0, size, 2), rng.uniform(8, 20), rng.uniform(0, 2 * math.pi)
+    for _ in range(rng.integers(2, 6)):
+        kind, corners = int(rng.integers(1, kinds + 1)), int(rng.integers(3, 9))
+        centre, radius, turn = rng.uniform(0, size, 2), rng.uniform(8, 15), rng.uniform(0, 2 * math.pi)
+        angles = turn + np.arange(corners) * 2 * math.pi / corners
+        distance = radius * rng.uniform(0.7, 1.2, corners)
+        outline = centre + distance[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
         stencil = Image.new("L", (size, size))
-        circle = np.linspace(0, 2 * math.pi, 33)[:-1]
-        bar = np.array([-0.18, 0.18, math.pi - 0.18, math.pi + 0.18])
-        polygons = {  # the corners' angles, their distance over the radius, inside or hole
-            "disk": [(circle, 1, 255)],
-            "ring": [(circle, 1, 255), (circle, 1 - 4 / radius, 0)],
-            "triangle": [(np.array([0, 2, 4]) * math.pi / 3, 1, 255)],
-            "cross": [(bar, 1, 255), (bar + math.pi / 2, 1, 255)],
-        }
-        for angles, scale, fill in polygons.get(name, [(np.array([1, 3, 5, 7]) * math.pi / 4, 1, 255)]):
-            corners = centre + radius * scale * np.stack([np.cos(angles + turn), np.sin(angles + turn)], 1)
-            ImageDraw.Draw(stencil).polygon([tuple(corner) for corner in corners], fill=fill)
+        ImageDraw.Draw(stencil).polygon([tuple(corner) for corner in outline], fill=255)
         inside = np.asarray(stencil) > 0
-        colour = np.broadcast_to(rng.uniform(20, 235, 3), image.shape)
-        if name == "striped_square":
-            stripes = np.sin((x * math.cos(turn) + y * math.sin(turn)) * 2 * math.pi / 6) > 0
-            colour = np.where(stripes[..., None], colour, rng.uniform(20, 235, 3))
-        image[inside], label[inside] = colour[inside], kind
+        hue = (kind - 1 + rng.uniform(-0.3, 0.3)) / kinds % 1
+        stripes = np.sin((x * math.cos(turn) + y * math.sin(turn)) * 2 * math.pi / rng.uniform(6, 11)) > 0
+        bright, dark = (255 * np.array(hsv_to_rgb(hue, *rng.uniform(0.4, 0.9, 2))) for _ in range(2))
+        image[inside], label[inside] = np.where(stripes[..., None], bright, dark)[inside], kind
         if rng.random() < 0.5:
             grown = np.asarray(stencil.filter(ImageFilter.MaxFilter(3)))
             shrunk = np.asarray(stencil.filter(ImageFilter.MinFilter(3)))
             label[grown != shrunk] = VOID
-    image = (image + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
+    light = np.exp(rng.uniform(-SHAPES_LIGHT, SHAPES_LIGHT, 3) + rng.uniform(-0.3, 0.3))
+    image = (image * light + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
 
 
@@ -378,7 +375,7 @@ def check_files(dataset, labeled, unlabeled, size):
 def mean_and_deviation(device):
     """ImageNet's, of R, G and B in 0 to 255, each (3, 1, 1); they go to a GPU once."""
     numbers = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return [torch.tensor(values, device=device)[:, None, None] * 255 for values in numbers]
+    return [(torch.tensor(values)[:, None, None] * 255).to(device) for values in numbers]
 
 
 def normalize(image):

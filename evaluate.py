@@ -126,35 +126,42 @@ def average_precision(counted):
     return float((precision * counted[1].flip(0)).sum() / wrong[-1].clamp(min=1))
 
 
-def figure(networks, eln, X, image, label, palette):
-    """An image, its truth and each network's prediction, a PIL image; of a single network the paper's Fig. 5.
-    networks is a list of (caption, network); eln judges a single one, or is None (two panels fewer);
+def panels(networks, eln, X, image, label, palette):
+    """An image, its truth and each network's prediction: {caption: (H, W, 3) uint8}. With an ELN, or a single
+    network, also those of the paper's Fig. 5 for the last network.
+    networks is {caption: network}; eln judges the last, or is None
     X (1, 3, H, W) float, image (3, H, W) uint8, label (H, W) int64, palette as for colour."""
-    panels = [("image", image.permute(1, 2, 0).numpy()), ("ground truth", colour(label, palette))]
-    for caption, network in networks:
+    row = {"image": image.permute(1, 2, 0).numpy(), "truth": colour(label, palette)}
+    for caption, network in networks.items():
         logits = network(X)[0]
         prediction = logits[0].argmax(0)
-        panels.append((caption, colour(prediction, palette)))
+        row[caption] = colour(prediction, palette)
     shades = [225] * 3, [220, 40, 40], [128] * 3  # right, wrong, void
-    if len(networks) == 1:
+    if eln is not None or len(networks) == 1:
         wrong = (prediction != label).byte()
-        panels.append(("(b) errors", colour(wrong.masked_fill(label == VOID, 2), shades)))
+        row["its errors"] = colour(wrong.masked_fill(label == VOID, 2), shades)
     if eln is not None:
         output = eln(eln_input(X, logits))
         refused = rejected(output, logits)[0]
         found = colour(refused.byte().masked_fill(label == VOID, 2), shades)
-        panels.append((f"(c) errors found by {'ELN' if output.ndim == 3 else 's-ECN'}", found))
-        panels.append(("(d) prediction, filtered", colour(prediction.masked_fill(refused, VOID), palette)))
+        row[f"{'ELN' if output.ndim == 3 else 's-ECN'} finds"] = found
+        row["filtered"] = colour(prediction.masked_fill(refused, VOID), palette)
+    return row
 
-    H, W = label.shape
-    zoom, scale = max(1, round(192 / W)), max(1, W // 192)  # of small panels, and of captions on large ones
-    H, W, top = H * zoom, W * zoom, 14 * scale
-    whole = Image.new("RGB", (len(panels) * (W + 4) - 4, top + H), "white")
-    for i, (caption, panel) in enumerate(panels):
-        text = Image.new("RGB", (W // scale, 14), "white")
-        ImageDraw.Draw(text).text((2, 1), caption, fill="black")
-        whole.paste(text.resize((W, top)), (i * (W + 4), 0))
-        whole.paste(Image.fromarray(panel).resize((W, H), Image.Resampling.NEAREST), (i * (W + 4), top))
+
+def sheet(rows):
+    """A PIL image of panels' rows, which have the same captions and sizes; the captions stand on top."""
+    H, W = rows[0]["image"].shape[:2]
+    zoom = max(1, round(192 / W))  # small panels are enlarged
+    H, W, gap, top = H * zoom, W * zoom, 4, W * zoom // 8
+    whole = Image.new("RGB", (len(rows[0]) * (W + gap) - gap, top + len(rows) * (H + gap) - gap), "white")
+    for i, caption in enumerate(rows[0]):
+        text = Image.new("RGB", (W, top), "white")  # which cuts a long caption
+        ImageDraw.Draw(text).text((2, 0), caption, fill="black", font_size=top * 0.75)
+        whole.paste(text, (i * (W + gap), 0))
+        for j, row in enumerate(rows):
+            panel = Image.fromarray(row[caption]).resize((W, H), Image.Resampling.NEAREST)
+            whole.paste(panel, (i * (W + gap), top + j * (H + gap)))
     return whole
 
 
@@ -313,7 +320,7 @@ def main():
     if args.compare:
         return print(compare(paths))
 
-    networks, dataset = [], None
+    networks, dataset = {}, None
     for path in paths:
         network, record = load_student(path.with_name(f"student_{path.name}"), device)
         checkpoint = read_checkpoint(path) if args.teacher or not args.predict else None
@@ -327,7 +334,7 @@ def main():
             size = record["size"]
         same = (checkpoint["classes"], record["size"]) == (list(dataset.classes), size)
         require(same, f"{path} has other classes than the data set, or another --size than {paths[0]}")
-        networks.append(("(a) prediction" if single else str(path.parent), network))
+        networks[f"stage {checkpoint['stage']}" if single else str(path.parent)] = network
     if args.list:
         dataset.val = read_list(args.list, dataset.files)
         bare = [key for key in dataset.val if not dataset.has_mask(key)]
@@ -348,32 +355,42 @@ def main():
         for names, values in table.items():
             print("".join(f"{name:12}" for name in names) + "".join(f"{value:10.4f}" for value in values))
     elif single:
-        matrices = score(network, dataset, size, device, workers=args.workers)
-        before = path.with_name("student_stage1.pt")
+        before, columns = path.with_name("student_stage1.pt"), {}
         if checkpoint["stage"] == 2 and before.exists():
-            before = score(load_student(before, device)[0], dataset, size, device, workers=args.workers)
-            matrices["stage 1"] = before["resized"]
-        means = [mean_iou(matrix) for matrix in matrices.values()]
-        table = torch.stack([iou(matrix) for matrix in matrices.values()], 1)  # (C, columns)
+            networks = {"stage 1": load_student(before, device)[0], **networks}
+        for name, each in networks.items():
+            matrices = score(each, dataset, size, device, workers=args.workers)
+            columns[name] = matrices["resized"]
+        if not torch.equal(*matrices.values()):
+            columns["own size"] = matrices["original"]
+        means = [mean_iou(matrix) for matrix in columns.values()]
+        table = torch.stack([iou(matrix) for matrix in columns.values()], 1)  # (C, columns)
         there = table.isfinite().sum(0).tolist()
         print(f"{who} IoU in percent, {len(dataset.val)} {kind} images of {dataset.name}")
-        print(f"{'class':20}" + "".join(f"{name:>10}" for name in matrices))
+        print(f"{'class':20}" + "".join(f"{name:>10}" for name in columns))
         for name, values in [*zip(dataset.classes, table.tolist()), ("mean", means)]:
             print(f"{name:20}" + "".join(f"{value:10.2f}" for value in values))
         if min(there) < len(table):
             print(f"means over {there} of {len(table)} classes: the others are neither there nor predicted")
-    for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):
-        image = resize(dataset.read_image(key), None, label.shape)[0]
-        target = paths[0].parent / ("figures" if single else "figures/compare") / f"{key}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if args.figures and eln is not None:
+        scenes = scenes_of(dataset, keys[:100], size, device, args.workers)
+        table = error_localization(network, eln, scenes, args.threshold)
+        line = "  ".join(f"{method} {row[0]:.3f}" for (method, _, over), row in table.items() if over == "AP")
+        print(f"average precision at finding wrong pixels, {len(keys[:100])} images (at best 1):  {line}")
+    if args.figures:
+        rows = []
+        for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):
+            image = resize(dataset.read_image(key), None, label.shape)[0]
+            rows.append(panels(networks, eln, X, image, label, record["palette"]))
+        target = paths[0].parent / "figures" / (f"{path.stem}.png" if single else "compare.png")
+        target.parent.mkdir(exist_ok=True)
         with replacing(target) as file:
-            figure(networks, eln, X, image, label, record["palette"]).save(file, "PNG")
-        print(f"figure: {target}")
+            sheet(rows).save(file, "PNG")
+        print(f"figures: {target}")
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
     try:
         sys.exit(main())
     except (InputError, OSError) as error:

@@ -42,9 +42,9 @@ DEFAULTS = {
         VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
     ),
     "shapes": dict(
-        ratio="1/20", size=[96, 96], batch_size=4, pretrain_iters=800, eln_iters=250, iters=400, lr=1e-3,
+        ratio="1/20", size=[48, 48], batch_size=4, pretrain_iters=600, eln_iters=100, iters=300, lr=1e-3,
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
-        contrast_pixels=1024, workers=0, save_every=200, eval_every=400,
+        contrast_pixels=1024, workers=0, save_every=200, eval_every=1000,
     ),
 }
 
@@ -119,8 +119,9 @@ def open_run(stage, args, dataset, labeled, unlabeled, rank):
 def prepare(nets, args, world, device):
     """To the device; processes that average gradients; AdamW of Sec. 4.2, which leaves alone what has no
     gradient yet; mixed precision. Returns main, auxiliary (or None) to call, optimizer, scaler, autocast."""
-    nets.to(device, memory_format=torch.channels_last)  # convolutions are faster so
-    if world > 1 and device.type == "cuda":
+    gpu = device.type == "cuda"
+    nets.to(device, memory_format=torch.channels_last if gpu else torch.contiguous_format)  # each the faster
+    if world > 1 and gpu:
         nn.SyncBatchNorm.convert_sync_batchnorm(nets)
     encoders = [p for name, p in nets.named_parameters() if "encoder." in name and p.requires_grad]
     rest = [p for name, p in nets.named_parameters() if "encoder." not in name and p.requires_grad]
@@ -217,7 +218,8 @@ def save(run, dataset, step, rows, nets, optimizer, scaler):
     names = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
     parts = {name: part.state_dict() for name, part in names.items()}
     moments = (value for state in parts["optimizer"]["state"].values() for value in state.values())
-    if not all(value.isfinite().all() for value in (*parts["networks"].values(), *moments)):
+    finite = [value.isfinite().all() for value in (*parts["networks"].values(), *moments)]
+    if not torch.stack(finite).all():
         sys.exit(f"a weight or moment is not finite after step {step}; a smaller --lr may help")
     student = {key: args[key] for key in ("backbone", "width", "size")}
     palette = dataset.palette[: len(classes)].tolist()
@@ -254,8 +256,7 @@ def start_process(args):
 
 def run_script(name, parse_args, train):
     """Parse, join the other processes, train. Exit code 2: one line says which input cannot be used."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
     try:
         args = parse_args()
         train(args, *start_process(args))

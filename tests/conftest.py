@@ -76,17 +76,19 @@ def run_apart():
 
 def here(cwd, script, *options):
     """Run a script as __main__ in this process -> exit code, stdout, stderr. Other exceptions pass."""
-    out, err, before = io.StringIO(), io.StringIO(), os.getcwd()
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    before, said = os.getcwd(), lambda: [stream.buffer.getvalue().decode() for stream in (out, err)]
     argv = mock.patch.object(sys, "argv", [script, *map(str, options)])
     os.chdir(cwd)
     try:
         with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_path(str(ROOT / script), run_name="__main__")
-        return 0, out.getvalue(), err.getvalue()
+        return 0, *said()
     except SystemExit as stop:
         if isinstance(stop.code, str):  # which the interpreter prints
-            return 1, out.getvalue(), f"{err.getvalue()}{stop.code}\n"
-        return stop.code or 0, out.getvalue(), err.getvalue()
+            print(stop.code, file=err)
+            return 1, *said()
+        return stop.code or 0, *said()
     finally:
         os.chdir(before)
 

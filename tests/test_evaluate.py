@@ -293,28 +293,41 @@ def test_eln_is_read_from_a_checkpoint_that_has_trained_it(networks, stage, step
     assert evaluate.load_eln("s.pt", content) is None
 
 
-@pytest.mark.parametrize("judge, W", [("ELN", 48), ("s-ECN", 400), (None, 192)])
-def test_fig5_shows_six_panels_and_rejected_pixels_white(judge, W):
-    H, zoom, scale = 12, 4 if W == 48 else 1, 2 if W == 400 else 1  # of panels, of their captions
+@pytest.mark.parametrize("judge, before", [("ELN", False), ("s-ECN", True), (None, False), (None, True)])
+def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
+    H, W = 12, 48
     X, image = normalize(torch.full((1, 3, H, W), 90, dtype=torch.uint8)), torch.randint(0, 256, (3, H, W))
     label, output = torch.from_numpy(labels(3, H, W)).long(), torch.randn(*[C] * (judge == "s-ECN"), H, W)
-    networks, eln = [("(a) prediction", Stub().eval())], (lambda x: output[None]) if judge else None
-    whole = np.asarray(evaluate.figure(networks, eln, X, image.byte(), label, PALETTE))
+    networks = {name: Stub().eval() for name in ["stage 1"] * before + ["stage 2"]}
+    eln = (lambda x: output[None]) if judge else None
+    shown = evaluate.panels(networks, eln, X, image.byte(), label, PALETTE)
     P, Y = logits_of(90, H, W).argmax(0).numpy(), label.numpy()
     refused = output.argmax(0).numpy() != P if judge == "s-ECN" else output.numpy() <= 0
     colours, red, light, grey = np.array(PALETTE + [[255] * 3] * 253), [220, 40, 40], [225] * 3, [128] * 3
-    want = {"image": image.permute(1, 2, 0).numpy(), "ground truth": colours[Y], "(a) prediction": colours[P]}
-    for name, mask in (("(b) errors", P != Y), (f"(c) errors found by {judge}", refused)):
+    want = {"image": image.permute(1, 2, 0).numpy(), "truth": colours[Y]}
+    want.update(dict.fromkeys(networks, colours[P]))
+    masks = {"its errors": P != Y} if judge or not before else {}
+    for name, mask in {**masks, **({f"{judge} finds": refused} if judge else {})}.items():
         want[name] = np.where(Y[..., None] == 255, grey, np.where(mask[..., None], red, light))
-    want["(d) prediction, filtered"] = colours[np.where(refused, 255, P)]
-    panels, top, step = 6 if judge else 4, 14 * scale, W * zoom + 4
-    assert whole.shape == (top + H * zoom, panels * step - 4, 3)
-    for k, (name, panel) in enumerate(list(want.items())[:panels]):
-        shown = whole[:, k * step : k * step + W * zoom]
-        assert np.array_equal(shown[top + zoom // 2 :: zoom, zoom // 2 :: zoom], panel), name
-        caption = Image.new("RGB", (W * zoom // scale, 14), "white")
-        ImageDraw.Draw(caption).text((2, 1), name, fill="black")
-        assert np.array_equal(shown[:top], np.asarray(caption.resize((W * zoom, top)))), name
+    if judge:
+        want["filtered"] = colours[np.where(refused, 255, P)]
+    assert list(shown) == list(want)
+    assert all(np.array_equal(shown[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("W, zoom", [(48, 4), (400, 1)])
+def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
+    rng = np.random.default_rng(0)
+    rows = [{name: rng.integers(0, 256, (10, W, 3), np.uint8) for name in ("image", "truth")} for _ in range(3)]
+    whole = np.asarray(evaluate.sheet(rows))
+    top, w, h = W * zoom // 8, W * zoom + 4, 10 * zoom + 4
+    assert whole.shape == (top + 3 * h - 4, 2 * w - 4, 3)
+    for j, row in enumerate(rows):
+        for i, panel in enumerate(row.values()):
+            place = whole[top + j * h : top + (j + 1) * h - 4, i * w : (i + 1) * w - 4]
+            assert np.array_equal(place, panel.repeat(zoom, 0).repeat(zoom, 1))
+    captions = whole[:top, : w - 4], whole[:top, w:]
+    assert (captions[0] != captions[1]).any() and all((caption < 128).any() for caption in captions)
 
 
 @pytest.mark.parametrize("crop", [False, True])
@@ -370,7 +383,7 @@ def said(place, capsys, monkeypatch):
 def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, options, step, who, names):
     monkeypatch.setattr(SHAPES, "val", SCORED)
     matrices = [evaluate.score(networks[name], SHAPES, (32, 32), "cpu") for name in names]
-    columns = [*matrices[0].values(), *(matrix["resized"] for matrix in matrices[1:])]
+    columns = [matrix["resized"] for matrix in matrices[::-1]] + [matrices[0]["original"]]
     rows = list(zip(*([*evaluate.iou(m).tolist(), evaluate.mean_iou(m)] for m in columns)))
     title, _, *lines, last = said(f"{options} --list list.txt")[1].splitlines()
     assert f"step {step}, {who}: IoU in percent, 2 listed images" in title
@@ -384,11 +397,14 @@ def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, optio
 def test_figures_and_errors_are_of_unlabelled_images(said):
     out = said("run --error-localization")[1]
     assert "2 unlabelled images" in out and "ELN         error       AP" in out
+    assert said("run --figures 2")[1].splitlines()[-1] == "figures: run/figures/stage2.png"
+    line = said("run --figures 1")[1].splitlines()[-2]
+    assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 images" in line
     said("early --figures 9 --list list.txt")
-    assert sorted(path.stem for path in Path("early/figures").iterdir()) == sorted(SCORED)
-    assert said("early run --figures 1")[1] == f"figure: early/figures/compare/{SHAPES.val[0]}.png\n"
-    whole = np.asarray(Image.open(f"early/figures/compare/{SHAPES.val[0]}.png"))
-    assert (whole[:14, 2 * 196 : 3 * 196 - 4] != whole[:14, 3 * 196 :]).any()  # captions "early" and "run"
+    assert Image.open("early/figures/stage1.png").height == 24 + len(SCORED) * 196 - 4
+    assert said("early run --figures 1")[1] == "figures: early/figures/compare.png\n"
+    whole = np.asarray(Image.open("early/figures/compare.png"))
+    assert (whole[:24, 2 * 196 : 3 * 196 - 4] != whole[:24, 3 * 196 :]).any()  # captions "early" and "run"
 
 
 @pytest.mark.parametrize("options, says", [

@@ -65,8 +65,8 @@ eln.ErrorLocalizationNetwork.forward = rejecting
 train_stage1.score = train_stage2.score = score_in_full
 """
 
-# What several GPUs do: SyncBatchNorm in train mode. It is PyTorch's own but for five kernels, written here from
-# their definition, and for its refusal of CPUs. V is made of about half of the pixels.
+# What several GPUs do: SyncBatchNorm in train mode. It is PyTorch's own but for five kernels, written here
+# from their definition, and for its refusal of CPUs. V is made of about half of the pixels.
 ON_GPUS = EXACT + """
 import torch.distributed as dist
 from torch import nn
