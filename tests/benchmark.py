@@ -102,14 +102,14 @@ def make_networks(args, real=True):
         nets = torch.nn.ModuleDict({"main": main, "teacher": teacher, "auxiliary": auxiliary})
         images = [torch.randn(args.batch_size, 3, *args.size) for _ in range(3)]
         label = torch.randint(args.classes, (args.batch_size, *args.size))
-    if real:  # tensors without memory refuse it
+    if real and args.device != "cpu":  # as in the scripts; tensors without memory refuse it
         nets.to(memory_format=torch.channels_last)
     teacher.requires_grad_(False)
     for p in (*main.parameters(), *auxiliary.parameters()):
         p.grad = torch.zeros_like(p)
     optimizer = torch.optim.AdamW([*main.parameters(), *auxiliary.parameters()], lr=1e-4, fused=True)
     optimizer.step()  # gives it its moments
-    return nets, optimizer, [x.to(memory_format=torch.channels_last) for x in images], label, args
+    return nets, optimizer, images, label, args
 
 
 def our_step(nets, optimizer, images, label, args, kind="stage 2", passes=2, contrast=True):

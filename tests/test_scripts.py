@@ -504,7 +504,7 @@ def test_a_step_has_the_gradient_of_the_sum_of_its_losses(folder_run, work, monk
     script.train(args, *train_stage1.start_process(args))
 
     (nets,), label = nets, labels[0]
-    nets.to(memory_format=torch.channels_last).train()
+    nets.train()
     if stage == 2:
         image_u, image_a = images[1:3]
         with_eln = "auxiliary" in nets
