@@ -156,7 +156,8 @@ def load_dataset(name, data="datasets"):
         train = [f"train_{i:04d}" for i in range(SHAPES_TRAIN)]
         val = [f"val_{i:04d}" for i in range(SHAPES_VAL)]
         files = dict.fromkeys(train + val, ("drawn", "drawn"))
-        palette = np.uint8([[70] * 3] + [np.multiply(hsv_to_rgb(i / 5, 0.75, 0.9), 255) for i in range(5)])
+        hues = np.arange(len(SHAPES_CLASSES) - 1) / (len(SHAPES_CLASSES) - 1)
+        palette = np.uint8([[70] * 3] + [np.multiply(hsv_to_rgb(hue, 0.75, 0.9), 255) for hue in hues])
         return Dataset(name, files, train, val, SHAPES_CLASSES, palette)
     below = {"voc": "VOCdevkit/VOC2012/JPEGImages", "cityscapes": "leftImg8bit", "folder": "images"}[name]
     images, here = Path(data, below), Path(os.path.abspath(data))

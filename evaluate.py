@@ -1,7 +1,7 @@
 """Measure and look at a run (Sec. 4.3), also while it is still in training.
 
 python evaluate.py RUN                        mIoU and the IoU of every class, of the run's latest student
-python evaluate.py RUN --figures 4            the same, and the paper's Fig. 5 for the first unlabelled images
+python evaluate.py RUN --figures 4            the same, and how ELN does on unlabelled images: a line, Fig. 5
 python evaluate.py RUN --error-localization   how well ELN finds errors on the unlabelled images (Table 4)
 python evaluate.py RUN --predict PATH ...     masks of images, or of all in a folder; needs no data set
 python evaluate.py RUN RUN ... --figures 4    the runs' predictions for the same images, side by side
@@ -290,9 +290,8 @@ def scenes_of(dataset, keys, size, device, workers=0):
             print(f"{done}/{len(keys)} images\033[K", end="\r", file=sys.stderr, flush=True)
 
 
-@torch.no_grad()
-def main():
-    """Do what the command line asks. Returns the exit code; raises InputError for what cannot be used."""
+def parse_args(argv=None):
+    """The command line."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -309,7 +308,12 @@ def main():
     add("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="segment image files, or all of a folder")
     add("--compare", action="store_true", help="print a Markdown table of the runs' results")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+@torch.no_grad()
+def main(args):
+    """Do what the command line asks. Returns the exit code; raises InputError for what cannot be used."""
     gpu = torch.cuda.is_available()
     require(gpu or args.device != "cuda", "--device cuda: PyTorch sees no GPU here; use --device cpu")
     device = "cuda" if gpu and args.device != "cpu" else "cpu"
@@ -392,7 +396,7 @@ def main():
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
     try:
-        sys.exit(main())
+        sys.exit(main(parse_args()))
     except (InputError, OSError) as error:
         print(f"evaluate.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

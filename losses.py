@@ -173,22 +173,22 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     labels = torch.cat([anchor_label, key_label]).cpu()  # a GPU is waited for here once, not in the loop
     classes = labels.unique().tolist()
-    n, m = ([int((part == c).sum()) for c in classes] for part in labels.split([len(anchor), len(key)]))
+    sizes = [[int((part == c).sum()) for c in classes] for part in labels.split([len(anchor), len(key)])]
     with torch.autocast(anchor.device.type, enabled=False):  # else the products are in half precision again
         f = F.normalize(anchor.to(dtype), dim=1) / tau  # f @ f~ = cos / tau = log d
         f_teacher = F.normalize(key.detach().to(dtype), dim=1)
         loss = 0 * f.sum()  # the graph, also where no anchor has a positive
-        anchors, keys = f[anchor_label.argsort()].split(n), f_teacher[key_label.argsort()].split(m)
-        for c, f_c, positives in zip(classes, anchors, keys):  # of a class: (n, D), Omega_p (p, D)
-            if c == ignore_index or not len(f_c):
-                continue
-            others = [part for k, part in zip(classes, keys) if k not in (c, ignore_index)]
-            negatives = torch.cat([f_teacher[:0], *others])  # Omega_n (q, D)
-            log_d_p, log_d_n = f_c @ positives.T, f_c @ negatives.T
+        anchors = dict(zip(classes, f[anchor_label.argsort()].split(sizes[0])))  # {class: (n, D)}
+        keys = dict(zip(classes, f_teacher[key_label.argsort()].split(sizes[1])))  # {class: (p, D)}
+        counted = [c for c in classes if c != ignore_index]
+        for c in (c for c in counted if len(anchors[c])):
+            negatives = torch.cat([f_teacher[:0], *(keys[other] for other in counted if other != c)])
+            log_d_p = anchors[c] @ keys[c].T  # (n, p): keys[c] are Omega_p of each of the n anchors
+            log_d_n = anchors[c] @ negatives.T  # (n, q): Omega_n
             # log d/(d + s) = logsigmoid(log d - log s), where s sums the negatives
             log_ratio = F.logsigmoid(log_d_p - log_d_n.logsumexp(dim=1, keepdim=True))
-            loss = loss - log_ratio.sum() / max(len(positives), 1)
-        return loss / (labels[: len(anchor)] != ignore_index).sum().clamp(min=1)
+            loss = loss - log_ratio.sum() / max(len(keys[c]), 1)
+        return loss / max(sum(len(anchors[c]) for c in counted), 1)
 
 
 def unlabeled_loss(pseudo, contra):

@@ -318,7 +318,8 @@ def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
 @pytest.mark.parametrize("W, zoom", [(48, 4), (400, 1)])
 def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
     rng = np.random.default_rng(0)
-    rows = [{name: rng.integers(0, 256, (10, W, 3), np.uint8) for name in ("image", "truth")} for _ in range(3)]
+    pixels = rng.integers(0, 256, (3, 2, 10, W, 3), np.uint8)
+    rows = [dict(zip(("image", "truth"), pair)) for pair in pixels]
     whole = np.asarray(evaluate.sheet(rows))
     top, w, h = W * zoom // 8, W * zoom + 4, 10 * zoom + 4
     assert whole.shape == (top + 3 * h - 4, 2 * w - 4, 3)
