@@ -56,14 +56,8 @@ def count(prediction, label, C):
 
 
 def resized_argmax(logits, size):
-    """argmax of logits (1, C, h, w) resized to (H, W) -> (H, W) uint8; class by class, to save memory."""
-    highest = -torch.inf
-    winner = torch.zeros(size, dtype=torch.uint8, device=logits.device)
-    for c, plane in enumerate(logits[0]):
-        plane = F.interpolate(plane[None, None], size, mode="bilinear", align_corners=False)[0, 0]
-        winner.masked_fill_(plane > highest, c)
-        highest = plane.clamp(min=highest)
-    return winner
+    """argmax of logits (1, C, h, w) resized to (H, W) -> (H, W) uint8."""
+    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].argmax(0).byte()
 
 
 def iou(matrix):
@@ -92,21 +86,18 @@ def error_localization(network, eln, scenes, threshold):
         wrong = (logits[0].argmax(0) != label)[known]  # (n,) bool
         log_P = logits[0].double().log_softmax(0)[:, known]  # (C, n)
         confidence = log_P.max(0).values.exp()
-        entropy = -(log_P.exp() * log_P).sum(0)
         methods = {}  # how much each doubts a pixel, and which pixels it rejects
         if eln is not None:
             output = eln(eln_input(X, logits))
             name = "ELN" if output.ndim == 3 else "s-ECN"
             methods[name] = [f(output, logits)[0][known] for f in (doubt, rejected)]
         methods["confidence"] = -torch.logit(confidence, eps=1e-12), confidence <= threshold
-        methods["entropy"] = entropy.clamp(min=1e-12).log(), None
-        methods["none"] = torch.zeros_like(entropy), torch.zeros_like(wrong)
+        methods["none"] = torch.zeros_like(confidence), torch.zeros_like(wrong)
         for method, (amount, refused) in methods.items():
             place = ((amount + 30) / 60 * STEPS).long().clamp(0, STEPS - 1)
             counted = torch.bincount(place + STEPS * wrong, minlength=2 * STEPS).reshape(2, STEPS)
             histograms[method] = histograms.get(method, 0) + counted
-            if refused is not None:
-                counts.setdefault(method, []).append(count(refused, wrong, 2))
+            counts.setdefault(method, []).append(count(refused, wrong, 2))
     for method, matrices in counts.items():
         each = torch.stack(matrices).double()  # (images, 2, 2), [wrong, rejected] pixels
         for over, matrix in (("image", each), ("pooled", each.sum(0, keepdim=True))):

@@ -57,11 +57,9 @@ def auxiliary_loss(aux_logits, logits, label, alphas, ignore_index=255):
     alphas      K numbers
     Returns a scalar: the sum over k of means over images; K = 0 gives a constant 0.
     Raises ValueError unless there is one alpha per decoder, and as Eq. (1)."""
-    if len(aux_logits) != len(alphas):
-        raise ValueError(f"{len(aux_logits)} auxiliary predictions, but {len(alphas)} alphas")
     main = cross_entropy(logits.detach(), label, ignore_index)  # (B,)
     total = torch.zeros_like(main)
-    for prediction, alpha in zip(aux_logits, alphas):
+    for prediction, alpha in zip(aux_logits, alphas, strict=True):
         loss = cross_entropy(prediction, label, ignore_index)  # (B,)
         total = total + (loss.detach() > alpha * main) * loss
     return total.mean()
@@ -112,12 +110,10 @@ def eln_loss(valid_logits, predictions, label, reweight=True, ignore_index=255):
     predictions   list of K+1 (B, C, H, W) float: P^k, the main decoder's first; only their argmax counts
     label         (B, H, W) int64, 0 .. C-1 or ignore_index
     Returns a scalar: the mean over the images and the K+1 predictions.
-    Raises ValueError unless the lists are of equal length, at least 1."""
-    if len(valid_logits) != len(predictions) or len(predictions) == 0:
-        raise ValueError(f"{len(valid_logits)} outputs of ELN for {len(predictions)} predictions")
+    Raises ValueError unless the lists are of equal length, RuntimeError if they are empty."""
     terms = [
         weighted_cross_entropy(B_k, correctness(P_k, label, ignore_index), reweight)
-        for B_k, P_k in zip(valid_logits, predictions)
+        for B_k, P_k in zip(valid_logits, predictions, strict=True)
     ]
     return torch.stack(terms).mean()  # over (K+1, B)
 

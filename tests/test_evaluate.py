@@ -154,8 +154,8 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
 
     network = mock.Mock(side_effect=lambda X: (logits[int(X[0, 0, 0, 0])][None], None))
     table = evaluate.error_localization(network, eln if judge else None, scenes, threshold)
-    names = [judge] * bool(judge) + ["confidence", "entropy", "none"]
-    assert len(table) == 5 * len(names) - 4  # the entropy rejects nothing: it ranks alone
+    names = [judge] * bool(judge) + ["confidence", "none"]
+    assert len(table) == 5 * len(names)
     wrong, doubts = [[] for _ in range(5)], {name: [] for name in names}  # the former per image
     claims = {name: [[] for _ in range(5)] for name in names}
     for i, y, x in np.ndindex(5, H, W):
@@ -168,7 +168,6 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
             "ELN": (B <= 0, -min(max(B, -30), 30)),
             "s-ECN": (max(other) != other[c], -math.log(other[c] / (1 - other[c]))),
             "confidence": (max(P) <= threshold, -max(P)),
-            "entropy": (False, -sum(p * math.log(p) for p in P)),
             "none": (False, 0.0),
         }
         for name in names:
@@ -178,7 +177,7 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
         # the softmax's scores are counted in steps, so that near neighbours may tie
         exact = average_precision(doubts[name], sum(wrong, []))
         assert table[name, "error", "AP"] == [pytest.approx(exact, abs=1e-6 if name == "ELN" else 3e-3)]
-        for positive, same in (("correct", False), ("error", True)) if name != "entropy" else ():
+        for positive, same in (("correct", False), ("error", True)):
             images = [[[x == same for x in flags] for flags in image] for image in zip(wrong, claims[name])]
             each = torch.tensor([literal_rates(*image) for image in images]).double().nanmean(0).tolist()
             pooled = literal_rates(*(sum(flags, []) for flags in zip(*images)))

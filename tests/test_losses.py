@@ -469,7 +469,7 @@ def test_ema_of_three_steps_in_place():
 @pytest.mark.parametrize("error, name, args", [
     (ValueError, "auxiliary_loss", [[scores([.3])], scores([.9]), rows([0]), [2, 3]]),
     (ValueError, "eln_loss", [[belief([.9])], [scores([.8]), scores([.8])], rows([0])]),
-    (ValueError, "eln_loss", [[], [], rows([0])]),
+    (RuntimeError, "eln_loss", [[], [], rows([0])]),
     (RuntimeError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)]),
     (IndexError, "cross_entropy", [scores([.9]), rows([2])]),
     (IndexError, "pseudo_label_loss", [scores([.9]), rows([255]), rows([True])]),
