@@ -36,9 +36,8 @@ ENDINGS = {end: kind for end, kind in Image.registered_extensions().items() if k
 DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split()
-SHAPES_CLASSES = "background red lime green blue violet".split()
+SHAPES_CLASSES = "background pale dark striped checked".split()
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 400, 200, 48
-SHAPES_LIGHT = 0.6  # of a scene: the largest logarithm of its gain on red, green, blue
 
 
 class InputError(ValueError):
@@ -269,19 +268,19 @@ def voc_palette():
 def draw_scene(key):
     """One scene of `shapes`, from its id: image (3, 48, 48) uint8, label (48, 48) uint8 with 255 for void.
 
-    Striped polygons occlude each other; their hue tells the class. But each scene has a light of its own,
-    which scales red, green and blue: a hue must be judged beside the grey background, under lights that a
-    few labelled scenes do not cover. Half of the polygons have a void rim."""
+    Polygons occlude each other, half of them with a void rim. Where it is brighter than the background tells
+    the class: all over, nowhere, in stripes, in checks. Colours are random, the light's too: those of a few
+    labelled scenes a network learns by heart, while unlabelled ones and A's jitter show how they vary."""
     part, number = key.split("_")
     rng = np.random.default_rng([("train", "val").index(part), int(number)])
-    size, kinds = SHAPES_SIZE, len(SHAPES_CLASSES) - 1
+    size = SHAPES_SIZE
     y, x = np.mgrid[:size, :size].astype(float)
     slope = rng.uniform(-0.5, 0.5, 2)
-    grey = rng.uniform(60, 190) + x * slope[0] + y * slope[1]
+    grey = rng.uniform(60, 140) + x * slope[0] + y * slope[1]
     image = grey[..., None] + rng.uniform(-25, 25, 3)  # (48, 48, 3)
     label = np.zeros((size, size), np.uint8)
     for _ in range(rng.integers(2, 6)):
-        kind, corners = int(rng.integers(1, kinds + 1)), int(rng.integers(3, 9))
+        kind, corners = int(rng.integers(1, len(SHAPES_CLASSES))), int(rng.integers(3, 9))
         centre, radius, turn = rng.uniform(0, size, 2), rng.uniform(8, 15), rng.uniform(0, 2 * math.pi)
         angles = turn + np.arange(corners) * 2 * math.pi / corners
         distance = radius * rng.uniform(0.7, 1.2, corners)
@@ -289,16 +288,21 @@ def draw_scene(key):
         stencil = Image.new("L", (size, size))
         ImageDraw.Draw(stencil).polygon([tuple(corner) for corner in outline], fill=255)
         inside = np.asarray(stencil) > 0
-        hue = (kind - 1 + rng.uniform(-0.3, 0.3)) / kinds % 1
-        stripes = np.sin((x * math.cos(turn) + y * math.sin(turn)) * 2 * math.pi / rng.uniform(6, 11)) > 0
-        bright, dark = (255 * np.array(hsv_to_rgb(hue, *rng.uniform(0.4, 0.9, 2))) for _ in range(2))
-        image[inside], label[inside] = np.where(stripes[..., None], bright, dark)[inside], kind
+        along, across = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+        stripes, wave = np.sin(along * 2 * math.pi / rng.uniform(9, 13)) > 0, 2 * math.pi / rng.uniform(5, 7)
+        checks = np.sin(along * wave) * np.sin(across * wave) > 0
+        bright = (inside, ~inside, stripes, checks)[kind - 1][..., None]
+        tints = np.array([hsv_to_rgb(rng.uniform(), rng.uniform(0.1, 0.7), 1) for _ in range(2)])
+        tints /= tints @ [[0.299], [0.587], [0.114]]  # all of the same brightness, 1
+        light, dark = grey + rng.uniform(35, 75), grey - rng.uniform(35, 75)
+        paint = np.where(bright, light[..., None] * tints[0], dark[..., None] * tints[1])
+        image[inside], label[inside] = paint[inside], kind
         if rng.random() < 0.5:
             grown = np.asarray(stencil.filter(ImageFilter.MaxFilter(3)))
             shrunk = np.asarray(stencil.filter(ImageFilter.MinFilter(3)))
             label[grown != shrunk] = VOID
-    light = np.exp(rng.uniform(-SHAPES_LIGHT, SHAPES_LIGHT, 3) + rng.uniform(-0.3, 0.3))
-    image = (image * light + rng.normal(0, 12, image.shape)).clip(0, 255).astype(np.uint8)
+    gain = np.exp(rng.uniform(-0.4, 0.4, 3) + rng.uniform(-0.4, 0.2))  # of the light: red, green, blue
+    image = (image * gain + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
 
 

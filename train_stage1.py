@@ -33,7 +33,7 @@ from model import BACKBONES, DeepLabV3Plus, WeightsError
 VOC = dict(
     ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
     backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
-    contrast_pixels=4096, workers=min(4, os.cpu_count()), save_every=1000, eval_every=2660,
+    contrast_pixels=4096, beta=0.995, workers=min(4, os.cpu_count()), save_every=1000, eval_every=2660,
 )
 DEFAULTS = {
     "voc": VOC,
@@ -42,9 +42,9 @@ DEFAULTS = {
         VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
     ),
     "shapes": dict(
-        ratio="1/20", size=[48, 48], batch_size=4, pretrain_iters=600, eln_iters=100, iters=300, lr=1e-3,
+        ratio="1/20", size=[48, 48], batch_size=8, pretrain_iters=200, eln_iters=50, iters=120, lr=1e-3,
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
-        contrast_pixels=1024, workers=0, save_every=200, eval_every=1000,
+        contrast_pixels=1024, beta=0.95, workers=0, save_every=200, eval_every=1000,
     ),
 }
 

@@ -191,7 +191,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("run", nargs="?", metavar="RUN", help="stage 1's folder; else --out, or --dataset --ratio --split")
     add("--iters", type=within(1), metavar="STEPS", help="of training")
-    add("--beta", type=within(0, 1, float), default=0.995, help="share of the teacher in Eq. (8) (Sec. 4.2)")
+    add("--beta", type=within(0, 1, float), help="share of the teacher in Eq. (8) (Sec. 4.2)")
     add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
     add("--contrast-pixels", type=within(0), metavar="N", help="of a batch in Eq. (10); 0: every valid one")
     add("--filter", choices=("eln", "threshold", "ecn", "none"),
