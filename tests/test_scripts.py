@@ -185,7 +185,7 @@ def test_teacher_is_in_the_checkpoint_and_lags_behind_the_student(shapes_run):
         teacher, begin = now[f"teacher.{name}"], first[f"main.{name}"]
         assert torch.equal(student, now[f"main.{name}"])
         if teacher.is_floating_point() and not torch.equal(student, begin):
-            assert 0 < (teacher - begin).norm() < 0.1 * (student - begin).norm(), name  # beta = 0.995
+            assert 0 < (teacher - begin).norm() < 0.2 * (student - begin).norm(), name  # beta = 0.95
             moved += 1
     assert moved > 100
 
