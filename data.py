@@ -271,36 +271,32 @@ def draw_scene(key):
     Polygons occlude each other, half of them with a void rim. Where it is brighter than the background tells
     the class: all over, nowhere, in stripes, in checks. Colours are random, the light's too: those of a few
     labelled scenes a network learns by heart, while unlabelled ones and A's jitter show how they vary."""
-    part, number = key.split("_")
-    rng = np.random.default_rng([("train", "val").index(part), int(number)])
-    size = SHAPES_SIZE
-    y, x = np.mgrid[:size, :size].astype(float)
+    rng = np.random.default_rng([int(key.startswith("val")), int(key[-4:])])
+    x, y = np.meshgrid(*[np.arange(SHAPES_SIZE)] * 2)
     slope = rng.uniform(-0.5, 0.5, 2)
-    grey = rng.uniform(60, 140) + x * slope[0] + y * slope[1]
-    image = grey[..., None] + rng.uniform(-25, 25, 3)  # (48, 48, 3)
-    label = np.zeros((size, size), np.uint8)
+    grey = rng.uniform(60, 140) + x * slope[0] + y * slope[1]  # the background's brightness
+    image, label = grey[..., None] + rng.uniform(-25, 25, 3), np.zeros(grey.shape, np.uint8)
     for _ in range(rng.integers(2, 6)):
         kind, corners = int(rng.integers(1, len(SHAPES_CLASSES))), int(rng.integers(3, 9))
-        centre, radius, turn = rng.uniform(0, size, 2), rng.uniform(8, 15), rng.uniform(0, 2 * math.pi)
+        centre, radius, turn = rng.uniform(0, SHAPES_SIZE, 2), rng.uniform(8, 15), rng.uniform(0, 2 * math.pi)
         angles = turn + np.arange(corners) * 2 * math.pi / corners
         distance = radius * rng.uniform(0.7, 1.2, corners)
         outline = centre + distance[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)
-        stencil = Image.new("L", (size, size))
-        ImageDraw.Draw(stencil).polygon([tuple(corner) for corner in outline], fill=255)
+        stencil = Image.new("L", (SHAPES_SIZE, SHAPES_SIZE))
+        ImageDraw.Draw(stencil).polygon(outline.flatten().tolist(), fill=255)
         inside = np.asarray(stencil) > 0
         along, across = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
         stripes, wave = np.sin(along * 2 * math.pi / rng.uniform(9, 13)) > 0, 2 * math.pi / rng.uniform(5, 7)
         checks = np.sin(along * wave) * np.sin(across * wave) > 0
-        bright = (inside, ~inside, stripes, checks)[kind - 1][..., None]
         tints = np.array([hsv_to_rgb(rng.uniform(), rng.uniform(0.1, 0.7), 1) for _ in range(2)])
         tints /= tints @ [[0.299], [0.587], [0.114]]  # all of the same brightness, 1
         light, dark = grey + rng.uniform(35, 75), grey - rng.uniform(35, 75)
+        bright = (inside, ~inside, stripes, checks)[kind - 1][..., None]
         paint = np.where(bright, light[..., None] * tints[0], dark[..., None] * tints[1])
         image[inside], label[inside] = paint[inside], kind
         if rng.random() < 0.5:
-            grown = np.asarray(stencil.filter(ImageFilter.MaxFilter(3)))
-            shrunk = np.asarray(stencil.filter(ImageFilter.MinFilter(3)))
-            label[grown != shrunk] = VOID
+            grown, shrunk = (stencil.filter(rank(3)) for rank in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+            label[np.asarray(grown) != np.asarray(shrunk)] = VOID
     gain = np.exp(rng.uniform(-0.4, 0.4, 3) + rng.uniform(-0.4, 0.2))  # of the light: red, green, blue
     image = (image * gain + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)
