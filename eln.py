@@ -83,25 +83,17 @@ def ecn_loss(corrections, predictions, label):
     return torch.stack([supervised_loss(correction, label) for correction in corrections]).mean()
 
 
-def rejected(output, logits):
-    """Which pixels of a prediction are taken for wrong.
+def margin(output, logits):
+    """How firmly each pixel of a prediction is taken for right, (B, H, W) float: above 0 it is accepted.
 
-    output  (B, H, W) float, ELN's valid_logit: those of at most 0; or (B, C, H, W) float: those whose class
-            the s-ECN changes
-    logits  (B, C, H, W) float: the judged prediction
-    Returns (B, H, W) bool."""
-    return output <= 0 if output.ndim == 3 else output.argmax(dim=1) != logits.argmax(dim=1)
-
-
-def doubt(output, logits):
-    """How much each pixel of a prediction is doubted: minus the logit of its being right, (B, H, W) float.
-
-    output, logits as in rejected; for the s-ECN "right" means the predicted class, so that a pixel which it
-    does not correct may still be doubted more than another."""
+    output  (B, H, W) float: ELN's valid_logit, the margin itself; or (B, C, H, W) float, the s-ECN's: its score
+            of the predicted class less that of the best other one
+    logits  (B, C, H, W) float: the judged prediction"""
     if output.ndim == 3:
-        return -output
-    P = output.double().softmax(dim=1).gather(1, logits.argmax(dim=1, keepdim=True)).squeeze(1)
-    return -torch.logit(P, eps=1e-12)
+        return output
+    predicted = logits.argmax(dim=1, keepdim=True)
+    best_other = output.scatter(1, predicted, -torch.inf).amax(dim=1)
+    return output.gather(1, predicted).squeeze(1) - best_other
 
 
 @torch.no_grad()
@@ -114,7 +106,7 @@ def diagnosis(logits, aux_logits, valid_logits, label, world):
     sums = torch.zeros(len(valid_logits), 5, dtype=torch.float64, device=label.device)
     for k, (P, B) in enumerate(zip([logits, *aux_logits], valid_logits)):
         known, wrong = label != 255, correctness(P, label) == 0
-        flagged = rejected(B, P) & known
+        flagged = (margin(B, P) <= 0) & known
         counts = known, wrong, flagged, flagged & wrong
         sums[k] = torch.stack([cross_entropy(P, label).sum(), *(pixels.sum() for pixels in counts)])
     if world > 1:

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from data import (
-    ENDINGS, VOID, InputError, load_dataset, normalize, one_line, read_list, read_rgb, replacing, require,
-    resize, within,
+    ENDINGS, VOID, InputError, load_dataset, normalize, one_line, read_rgb, replacing, require, resize,
+    within,
 )
-from eln import ErrorLocalizationNetwork, doubt, eln_input, rejected
+from eln import ErrorLocalizationNetwork, eln_input, margin
 from model import BACKBONES, DeepLabV3Plus, load_tensors
 
 # A run may be resumed with other values of these options: they change nothing, or their ids are compared.
@@ -89,8 +89,8 @@ def error_localization(network, eln, scenes, threshold):
         methods = {}  # how much each doubts a pixel, and which pixels it rejects
         if eln is not None:
             output = eln(eln_input(X, logits))
-            name = "ELN" if output.ndim == 3 else "s-ECN"
-            methods[name] = [f(output, logits)[0][known] for f in (doubt, rejected)]
+            doubt = -margin(output, logits)[0][known]
+            methods["ELN" if output.ndim == 3 else "s-ECN"] = doubt, doubt >= 0
         methods["confidence"] = -torch.logit(confidence, eps=1e-12), confidence <= threshold
         methods["none"] = torch.zeros_like(confidence), torch.zeros_like(wrong)
         for method, (amount, refused) in methods.items():
@@ -133,7 +133,7 @@ def panels(networks, eln, X, image, label, palette):
         row["its errors"] = colour(wrong.masked_fill(label == VOID, 2), shades)
     if eln is not None:
         output = eln(eln_input(X, logits))
-        refused = rejected(output, logits)[0]
+        refused = margin(output, logits)[0] <= 0
         found = colour(refused.byte().masked_fill(label == VOID, 2), shades)
         row[f"{'ELN' if output.ndim == 3 else 's-ECN'} finds"] = found
         row["filtered"] = colour(prediction.masked_fill(refused, VOID), palette)
@@ -290,7 +290,6 @@ def parse_args(argv=None):
     add("--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)")
     add("--teacher", action="store_true", help="stage 2's teacher instead of its student")
     add("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
-    add("--list", metavar="FILE", help="ids of the images to measure or draw, instead of the usual ones")
     add("--threshold", type=within(0, 1, float), default=0.9, help="on the confidence, Table 4 (0.9)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
     add("--workers", type=within(0), default=0, help="processes that load data (default: 0, none)")
@@ -330,16 +329,9 @@ def main(args):
         same = (checkpoint["classes"], record["size"]) == (list(dataset.classes), size)
         require(same, f"{path} has other classes than the data set, or another --size than {paths[0]}")
         networks[f"stage {checkpoint['stage']}" if single else str(path.parent)] = network
-    if args.list:
-        dataset.val = read_list(args.list, dataset.files)
-        bare = [key for key in dataset.val if not dataset.has_mask(key)]
-        require(not bare, f"--list {args.list} names {' '.join(bare[:1])}, which has no mask to measure with")
     unlabeled = [key for key in checkpoint["unlabeled"] if key in dataset.files and dataset.has_mask(key)]
-    keys = unlabeled if single and not args.list else dataset.val
-    enough = keys or not (args.figures or args.error_localization)
-    require(enough, f"none of the unlabelled images of {path.parent} has a mask to measure with")
+    kind, keys = ("unlabelled", unlabeled) if single and unlabeled else ("validation", dataset.val)
     eln = load_eln(path, checkpoint, device) if single else None
-    kind = "listed" if args.list else "unlabelled" if args.error_localization else "validation"
     who = f"{path.stem}, step {checkpoint['step']}, {'teacher' if args.teacher else 'student'}:"
 
     if args.error_localization:
@@ -361,7 +353,7 @@ def main(args):
         means = [mean_iou(matrix) for matrix in columns.values()]
         table = torch.stack([iou(matrix) for matrix in columns.values()], 1)  # (C, columns)
         there = table.isfinite().sum(0).tolist()
-        print(f"{who} IoU in percent, {len(dataset.val)} {kind} images of {dataset.name}")
+        print(f"{who} IoU in percent, {len(dataset.val)} validation images of {dataset.name}")
         print(f"{'class':20}" + "".join(f"{name:>10}" for name in columns))
         for name, values in [*zip(dataset.classes, table.tolist()), ("mean", means)]:
             print(f"{name:20}" + "".join(f"{value:10.2f}" for value in values))
@@ -371,7 +363,7 @@ def main(args):
         scenes = scenes_of(dataset, keys[:100], size, device, args.workers)
         table = error_localization(network, eln, scenes, args.threshold)
         line = "  ".join(f"{method} {row[0]:.3f}" for (method, _, over), row in table.items() if over == "AP")
-        print(f"average precision at finding wrong pixels, {len(keys[:100])} images (at best 1):  {line}")
+        print(f"average precision at finding wrong pixels, {len(keys[:100])} {kind} images (at best 1):  {line}")
     if args.figures:
         rows = []
         for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):

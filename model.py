@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.ops import Conv2dNormActivation as ConvBNReLU  # keeps the size
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 EMBEDDING = 128  # D, the projector's output
@@ -83,26 +84,16 @@ class Encoder(nn.Module):
         return low, high
 
 
-def conv_bn_relu(in_channels, out_channels, kernel_size, dilation=1):
-    """Convolution that keeps the size, BatchNorm, ReLU: (B, in, h, w) -> (B, out, h, w)."""
-    padding = dilation * (kernel_size // 2)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
-
-
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: what lies at rates 1, 6, 12, 18 and the whole image, side by side. The
     image's branch has no BatchNorm: of one image per process it would see a single value."""
 
     def __init__(self, in_channels, width, dropout):
         super().__init__()
-        self.rates = nn.ModuleList([conv_bn_relu(in_channels, width, 1)])
-        self.rates.extend(conv_bn_relu(in_channels, width, 3, dilation=rate) for rate in (6, 12, 18))
+        self.rates = nn.ModuleList([ConvBNReLU(in_channels, width, 1)])
+        self.rates.extend(ConvBNReLU(in_channels, width, 3, dilation=rate) for rate in (6, 12, 18))
         self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1), nn.ReLU())
-        self.project = nn.Sequential(conv_bn_relu(5 * width, width, 1), nn.Dropout(dropout))
+        self.project = nn.Sequential(ConvBNReLU(5 * width, width, 1), nn.Dropout(dropout))
 
     def forward(self, high):
         """(B, in_channels, h, w) -> (B, width, h, w)."""
@@ -126,10 +117,10 @@ class Decoder(nn.Module):
     def __init__(self, low_channels, high_channels, out_channels, width=256, aspp_dropout=0.1, proj=False):
         super().__init__()
         self.aspp = ASPP(high_channels, width, aspp_dropout)
-        self.low = conv_bn_relu(low_channels, 48, 1)
+        self.low = ConvBNReLU(low_channels, 48, 1)
         self.fuse = nn.Sequential(
-            conv_bn_relu(width + 48, width, 3), nn.Dropout(0.5),
-            conv_bn_relu(width, width, 3), nn.Dropout(0.1),
+            ConvBNReLU(width + 48, width, 3), nn.Dropout(0.5),
+            ConvBNReLU(width, width, 3), nn.Dropout(0.1),
         )
         self.seg = head(width, out_channels)
         self.proj = head(width, EMBEDDING) if proj else None

@@ -5,6 +5,7 @@ Networks are stand-ins that give known logits, but where saved networks are read
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import math
 import pickle
@@ -19,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
+import data
 import evaluate
 from data import Dataset, InputError, load_dataset, normalize, resize, voc_palette
 from eln import AuxiliaryNetworks, eln_input
@@ -166,7 +168,7 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
         wrong[i].append(c != int(truth[i, y, x]))
         judged = {
             "ELN": (B <= 0, -min(max(B, -30), 30)),
-            "s-ECN": (max(other) != other[c], -math.log(other[c] / (1 - other[c]))),
+            "s-ECN": (max(other) != other[c], math.log(max(np.delete(other, c)) / other[c])),
             "confidence": (max(P) <= threshold, -max(P)),
             "none": (False, 0.0),
         }
@@ -349,9 +351,8 @@ def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(t
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, networks):
-    """Runs: `run` in stage 2 (stage 1's student is its teacher), `early` before ELN is trained; a list."""
+    """Runs: `run` in stage 2 (stage 1's student is its teacher), `early` before ELN is trained."""
     root = tmp_path_factory.mktemp("place")
-    (root / "list.txt").write_text("\n".join(SCORED))
     for run, stage, step in (("run", 2, 6), ("run", 1, 7), ("early", 1, 4)):
         path = root / run / f"stage{stage}.pt"
         path.parent.mkdir(exist_ok=True)
@@ -364,6 +365,7 @@ def place(tmp_path_factory, networks):
 def said(place, capsys, monkeypatch):
     """said(command line) -> exit code, stdout, stderr of evaluate.py; one line of stderr for code 1 or 2."""
     monkeypatch.chdir(place)
+    monkeypatch.setattr(data, "load_dataset", lambda *names: dataclasses.replace(SHAPES, val=SCORED))
 
     def run(line):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split(), "--device", "cpu"])
@@ -385,8 +387,8 @@ def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, optio
     matrices = [evaluate.score(networks[name], SHAPES, (32, 32), "cpu") for name in names]
     columns = [matrix["resized"] for matrix in matrices[::-1]] + [matrices[0]["original"]]
     rows = list(zip(*([*evaluate.iou(m).tolist(), evaluate.mean_iou(m)] for m in columns)))
-    title, _, *lines, last = said(f"{options} --list list.txt")[1].splitlines()
-    assert f"step {step}, {who}: IoU in percent, 2 listed images" in title
+    title, _, *lines, last = said(options)[1].splitlines()
+    assert f"step {step}, {who}: IoU in percent, 2 validation images" in title
     for name, row, line in zip([*SHAPES.classes, "mean"], rows, lines, strict=True):
         assert line.split()[0] == name
         assert list(map(float, line.split()[1:])) == pytest.approx(row, abs=0.006, nan_ok=True)
@@ -394,13 +396,15 @@ def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, optio
     assert max(occur) < N and last.startswith(f"means over {occur} of {N} classes")
 
 
-def test_figures_and_errors_are_of_unlabelled_images(said):
+def test_figures_and_errors_are_of_unlabelled_images_with_masks(said, monkeypatch):
     out = said("run --error-localization")[1]
     assert "2 unlabelled images" in out and "ELN         error       AP" in out
     assert said("run --figures 2")[1].splitlines()[-1] == "figures: run/figures/stage2.png"
     line = said("run --figures 1")[1].splitlines()[-2]
-    assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 images" in line
-    said("early --figures 9 --list list.txt")
+    assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 unlabelled images" in line
+    monkeypatch.setattr(Dataset, "has_mask", lambda self, key: False)  # then those of validation are drawn
+    assert "2 validation images" in said("early --error-localization")[1]
+    said("early --figures 9")
     assert Image.open("early/figures/stage1.png").height == 24 + len(SCORED) * 196 - 4
     assert said("early run --figures 1")[1] == "figures: early/figures/compare.png\n"
     whole = np.asarray(Image.open("early/figures/compare.png"))
@@ -408,8 +412,8 @@ def test_figures_and_errors_are_of_unlabelled_images(said):
 
 
 @pytest.mark.parametrize("options, says", [
-    ("early --teacher", "of stage 1"), ("early --list list.txt", "no mask"), ("run early", "--compare"),
-    ("early --predict no.png", "no.png"), ("list.txt", "list.txt/student_stage1.pt does not exist"),
+    ("early --teacher", "of stage 1"), ("run early", "--compare"),
+    ("early --predict no.png", "no.png"), ("no_run", "no_run/student_stage1.pt does not exist"),
     ("early --predict a/v.png v.png", "v.png and a/v.png would give the same files"),
 ])
 def test_what_cannot_be_used_is_refused_in_one_line(said, monkeypatch, options, says):
