@@ -91,9 +91,7 @@ class Dataset:
         return draw_scene(key)[0] if self.name == "shapes" else read_rgb(self.files[key][0])
 
     def read_label(self, key):
-        """The mask of `key` -> (H, W) uint8, 0 .. C-1 or 255. Raises InputError if it is anything else."""
-        if self.name == "shapes":
-            return draw_scene(key)[1]
+        """The mask file of `key` -> (H, W) uint8, 0 .. C-1 or 255. Raises InputError for anything else."""
         image, path = self.files[key]
         require(path, f"{image} has no mask{self.sought}")
         mask = open_image(path, formats=EXACT)
@@ -295,8 +293,9 @@ def draw_scene(key):
         paint = np.where(bright, light[..., None] * tints[0], dark[..., None] * tints[1])
         image[inside], label[inside] = paint[inside], kind
         if rng.random() < 0.5:
-            grown, shrunk = (stencil.filter(rank(3)) for rank in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-            label[np.asarray(grown) != np.asarray(shrunk)] = VOID
+            grown = np.asarray(stencil.filter(ImageFilter.MaxFilter(3)))
+            shrunk = np.asarray(stencil.filter(ImageFilter.MinFilter(3)))
+            label[grown != shrunk] = VOID
     gain = np.exp(rng.uniform(-0.4, 0.4, 3) + rng.uniform(-0.4, 0.2))  # of the light: red, green, blue
     image = (image * gain + rng.normal(0, 6, image.shape)).clip(0, 255).astype(np.uint8)
     return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label)

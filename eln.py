@@ -86,8 +86,8 @@ def ecn_loss(corrections, predictions, label):
 def margin(output, logits):
     """How firmly each pixel of a prediction is taken for right, (B, H, W) float: above 0 it is accepted.
 
-    output  (B, H, W) float: ELN's valid_logit, the margin itself; or (B, C, H, W) float, the s-ECN's: its score
-            of the predicted class less that of the best other one
+    output  (B, H, W) float: ELN's valid_logit, the margin itself; or (B, C, H, W) float, the s-ECN's: its
+            score of the predicted class less that of the best other one
     logits  (B, C, H, W) float: the judged prediction"""
     if output.ndim == 3:
         return output

@@ -363,7 +363,8 @@ def main(args):
         scenes = scenes_of(dataset, keys[:100], size, device, args.workers)
         table = error_localization(network, eln, scenes, args.threshold)
         line = "  ".join(f"{method} {row[0]:.3f}" for (method, _, over), row in table.items() if over == "AP")
-        print(f"average precision at finding wrong pixels, {len(keys[:100])} {kind} images (at best 1):  {line}")
+        who = f"{len(keys[:100])} {kind} images"
+        print(f"average precision at finding wrong pixels of {who} (at best 1):  {line}")
     if args.figures:
         rows = []
         for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):

@@ -517,7 +517,7 @@ def test_a_shapes_scene_is_a_function_of_its_id():
     for seed in (0, 1):
         torch.manual_seed(seed)
         np.random.seed(seed)
-        pairs.append((shapes.read_image("train_0003"), shapes.read_label("train_0003")))
+        pairs.append(shapes.read_pair("train_0003"))
     assert all(map(torch.equal, *pairs))
     image, label = pairs[0]
     assert not any(torch.equal(image, shapes.read_image(other)) for other in ("val_0003", "train_0004"))

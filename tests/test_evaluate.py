@@ -29,7 +29,7 @@ from model import DeepLabV3Plus
 C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
 SHAPES = load_dataset("shapes")
 N = len(SHAPES.classes)
-SCORED = [key for key in SHAPES.val[:20] if N - 1 not in SHAPES.read_label(key)][:2]  # not of the last class
+SCORED = [key for key in SHAPES.val[:20] if N - 1 not in SHAPES.read_pair(key)[1]][:2]  # no last class
 ARGS = argparse.Namespace(
     dataset="shapes", data="", size=[32, 32], corrector="eln", eln_backbone="resnet18", eln_weights="none",
     width=8, alphas=[], pretrain_iters=4, eln_iters=3, iters=9, split=0, seed=0,
