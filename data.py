@@ -82,10 +82,6 @@ class Dataset:
     train_id: np.ndarray = None  # (256,) uint8: the class that a value of a mask stands for, if not itself
     sought: str = ""  # where masks were looked for, as in "it has no mask of the same name in ..."
 
-    def has_mask(self, key):
-        """Whether `key` could be a labelled image."""
-        return self.files[key][1] is not None
-
     def read_image(self, key):
         """The image `key` -> (3, H, W) uint8 RGB, turned upright. Raises InputError if it cannot be read."""
         return draw_scene(key)[0] if self.name == "shapes" else read_rgb(self.files[key][0])
@@ -311,7 +307,7 @@ def split_ids(dataset, ratio, number, labeled_list=None, unlabeled_list=None):
     else:
         # All are permuted, so that unlabelled masks do not matter, by what is the same in every NumPy.
         order = np.random.RandomState(number).permutation(len(dataset.train))
-        with_mask = [i for i in order if dataset.has_mask(dataset.train[i])]
+        with_mask = [i for i in order if dataset.files[dataset.train[i]][1]]
         try:
             share = Fraction(ratio)
         except (ValueError, ZeroDivisionError):

@@ -329,7 +329,7 @@ def main(args):
         same = (checkpoint["classes"], record["size"]) == (list(dataset.classes), size)
         require(same, f"{path} has other classes than the data set, or another --size than {paths[0]}")
         networks[f"stage {checkpoint['stage']}" if single else str(path.parent)] = network
-    unlabeled = [key for key in checkpoint["unlabeled"] if key in dataset.files and dataset.has_mask(key)]
+    unlabeled = [key for key in checkpoint["unlabeled"] if dataset.files.get(key, (None, None))[1]]
     kind, keys = ("unlabelled", unlabeled) if single and unlabeled else ("validation", dataset.val)
     eln = load_eln(path, checkpoint, device) if single else None
     who = f"{path.stem}, step {checkpoint['step']}, {'teacher' if args.teacher else 'student'}:"

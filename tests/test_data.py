@@ -312,7 +312,7 @@ def test_list_files_instead_of_a_ratio(tmp_path, labeled, unlabeled, words):
 def test_folder(folder):
     dataset = load_dataset("folder", folder)
     assert (dataset.train, dataset.val, dataset.crop) == (["a0", "a1", "a2", "a3", "a4"], ["v0"], False)
-    assert [dataset.has_mask(key) for key in ("a3", "a4")] == [True, False]
+    assert [dataset.files[key][1] is not None for key in ("a3", "a4")] == [True, False]
     for array in (rgb(1), mask(0), np.dstack([rgb(1), mask(0)])):  # in colour, grey, and with transparency
         write(folder / "images" / "a3.png", array)
         want = array[..., :3] if array.ndim == 3 else np.dstack([array] * 3)

@@ -402,7 +402,8 @@ def test_figures_and_errors_are_of_unlabelled_images_with_masks(said, monkeypatc
     assert said("run --figures 2")[1].splitlines()[-1] == "figures: run/figures/stage2.png"
     line = said("run --figures 1")[1].splitlines()[-2]
     assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 unlabelled images" in line
-    monkeypatch.setattr(Dataset, "has_mask", lambda self, key: False)  # then those of validation are drawn
+    bare = dataclasses.replace(SHAPES, val=SCORED, files=dict.fromkeys(SHAPES.files, ("drawn", None)))
+    monkeypatch.setattr(data, "load_dataset", lambda *names: bare)  # then those of validation are drawn
     assert "2 validation images" in said("early --error-localization")[1]
     said("early --figures 9")
     assert Image.open("early/figures/stage1.png").height == 24 + len(SCORED) * 196 - 4
@@ -416,8 +417,7 @@ def test_figures_and_errors_are_of_unlabelled_images_with_masks(said, monkeypatc
     ("early --predict no.png", "no.png"), ("no_run", "no_run/student_stage1.pt does not exist"),
     ("early --predict a/v.png v.png", "v.png and a/v.png would give the same files"),
 ])
-def test_what_cannot_be_used_is_refused_in_one_line(said, monkeypatch, options, says):
-    monkeypatch.setattr(Dataset, "has_mask", lambda self, key: key != SCORED[1])
+def test_what_cannot_be_used_is_refused_in_one_line(said, options, says):
     code, out, err = said(options)
     assert (code, out) == (2, "") and err.startswith("evaluate.py: ") and says in err
 
