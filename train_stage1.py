@@ -41,10 +41,10 @@ DEFAULTS = {
     "cityscapes": dict(
         VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
     ),
-    "shapes": dict(  # ours; its few steps need a teacher that follows sooner, a smaller beta
+    "shapes": dict(  # ours; in few steps a teacher must follow sooner (beta), a student must swing less (lr)
         ratio="1/20", size=[48, 48], batch_size=8, pretrain_iters=200, eln_iters=50, iters=120, lr=1e-3,
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
-        contrast_pixels=1024, beta=0.95, workers=0, save_every=200, eval_every=1000,
+        contrast_pixels=1024, beta=0.95, lr_stage2=3e-4, workers=0, save_every=200, eval_every=1000,
     ),
 }
 

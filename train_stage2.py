@@ -4,8 +4,8 @@
     python train_stage2.py runs/voc-1_20-0 --filter threshold                # of that run; a rival of Table 3
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
-It begins with the networks of stage 1, whose options count where none are given (but --out, --device, --amp).
-The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
+It begins with the networks of stage 1, whose options count where none are given (but --out, --device, --amp,
+and on `shapes` --lr). The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
 """
 
 import copy
@@ -208,7 +208,8 @@ def parse_args(argv=None):
     known = {key: value for key, value in stage1["args"].items() if key not in ("out", "device", "amp")}
     defaults = DEFAULTS[known.get("dataset", given.dataset)]
     parser.set_defaults(**{key: value for key, value in defaults.items() if hasattr(given, key)})
-    parser.set_defaults(**{**known, "weights": "none", "eln_weights": "none"})  # stage 1's come instead
+    own = {"weights": "none", "eln_weights": "none", "lr": defaults.get("lr_stage2", known.get("lr"))}
+    parser.set_defaults(**{**known, **own})  # stage 1's networks come instead of weights
     args = parser.parse_args(argv)
     require(known, f"{path} does not exist: run train_stage1.py first, or name its folder")
     for key in ("dataset", "ratio", "split"):
