@@ -8,7 +8,6 @@ image's mask is never opened for training. The images and views of a step depend
 
 import argparse
 import contextlib
-import functools
 import math
 import os
 import re
@@ -37,7 +36,10 @@ DATASETS = ("shapes", "voc", "cityscapes", "folder")
 VOC_CLASSES = """background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse
     motorbike person pottedplant sheep sofa train tvmonitor""".split()
 SHAPES_CLASSES = "background pale dark striped checked".split()
+SHAPES_PALETTE = (70, 70, 70), (229, 57, 57), (143, 229, 57), (57, 229, 229), (143, 57, 229)
 SHAPES_TRAIN, SHAPES_VAL, SHAPES_SIZE = 400, 200, 48
+MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's, of R, G and B in 0 to 255
+DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class InputError(ValueError):
@@ -149,9 +151,7 @@ def load_dataset(name, data="datasets"):
         train = [f"train_{i:04d}" for i in range(SHAPES_TRAIN)]
         val = [f"val_{i:04d}" for i in range(SHAPES_VAL)]
         files = dict.fromkeys(train + val, ("drawn", "drawn"))
-        hues = np.arange(len(SHAPES_CLASSES) - 1) / (len(SHAPES_CLASSES) - 1)
-        palette = np.uint8([[70] * 3] + [np.multiply(hsv_to_rgb(hue, 0.75, 0.9), 255) for hue in hues])
-        return Dataset(name, files, train, val, SHAPES_CLASSES, palette)
+        return Dataset(name, files, train, val, SHAPES_CLASSES, np.uint8(SHAPES_PALETTE))
     below = {"voc": "VOCdevkit/VOC2012/JPEGImages", "cityscapes": "leftImg8bit", "folder": "images"}[name]
     images, here = Path(data, below), Path(os.path.abspath(data))
     root = images.parent
@@ -201,8 +201,7 @@ def image_files(folder, end="", formats=FORMATS, prefix="", above=()):
 def match_files(images, masks, image_end="", mask_end=""):
     """({id: (image path, mask path or None)}, where masks were looked for) of all files below two folders.
 
-    An id is an image's name or, if others have it too, its path below `images`. Raises InputError for twins.
-    """
+    An id is an image's name or, if others have it too, its path below `images`. InputError for twins."""
     found, files, left = list(image_files(images, image_end)), {}, []
     count = Counter(os.path.basename(name) for name, _ in found)
     for name, path in found:
@@ -367,16 +366,9 @@ def check_files(dataset, labeled, unlabeled, size):
     return notes
 
 
-@functools.cache
-def mean_and_deviation(device):
-    """ImageNet's, of R, G and B in 0 to 255, each (3, 1, 1); they go to a GPU once."""
-    numbers = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    return [(torch.tensor(values)[:, None, None] * 255).to(device) for values in numbers]
-
-
 def normalize(image):
     """(..., 3, H, W) uint8 -> X: float32 with ImageNet's mean 0 and deviation 1, on the same device."""
-    mean, deviation = mean_and_deviation(image.device)
+    mean, deviation = (x.to(image.device, non_blocking=True) for x in (MEAN, DEVIATION))
     return (image - mean) / deviation
 
 

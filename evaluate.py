@@ -106,15 +106,10 @@ def error_localization(network, eln, scenes, threshold):
             rates = torch.stack([hits / claimed, hits / there, 2 * hits / (claimed + there)])
             table[method, "correct", over], table[method, "error", over] = rates.nanmean(1).T.tolist()
     for method, counted in histograms.items():
-        table[method, "error", "AP"] = [average_precision(counted)]
+        right, wrong = counted.flip(1).double().cumsum(1)  # the most doubted first
+        precision, gain = wrong / (wrong + right).clamp(min=1), counted[1].flip(0)
+        table[method, "error", "AP"] = [float((precision * gain).sum() / wrong[-1].clamp(min=1))]
     return table
-
-
-def average_precision(counted):
-    """Numbers of right and wrong pixels, (2, STEPS) by doubt -> precision times gain in recall, summed."""
-    right, wrong = counted.flip(1).double().cumsum(1)
-    precision = wrong / (wrong + right).clamp(min=1)
-    return float((precision * counted[1].flip(0)).sum() / wrong[-1].clamp(min=1))
 
 
 def panels(networks, eln, X, image, label, palette):
@@ -363,8 +358,7 @@ def main(args):
         scenes = scenes_of(dataset, keys[:100], size, device, args.workers)
         table = error_localization(network, eln, scenes, args.threshold)
         line = "  ".join(f"{method} {row[0]:.3f}" for (method, _, over), row in table.items() if over == "AP")
-        who = f"{len(keys[:100])} {kind} images"
-        print(f"average precision at finding wrong pixels of {who} (at best 1):  {line}")
+        print(f"average precision (1 at best), errors in {len(keys[:100])} {kind} images:  {line}")
     if args.figures:
         rows = []
         for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):

@@ -24,8 +24,7 @@ class WeightsError(ValueError):
 def load_tensors(path):
     """What torch.save wrote to a file, on the CPU; tensors and plain values alone, no code is run.
 
-    Raises ValueError where the file's checksums show damage, which torch.load does not look at; else as it.
-    """
+    Raises ValueError where the file's checksums show damage, which torch.load ignores; else as it."""
     if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
         raise ValueError(f"{path} is damaged")
     with warnings.catch_warnings():
@@ -150,7 +149,6 @@ class DeepLabV3Plus(nn.Module):
     def forward(self, image, embed=False):
         """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.
 
-        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's outputs
-        """
+        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's two"""
         encoded = self.encoder(image)
         return *self.decoder(*encoded, image.shape[2:], embed), encoded

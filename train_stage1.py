@@ -13,7 +13,6 @@ import os
 import sys
 import time
 import warnings
-import weakref
 from pathlib import Path
 
 import torch
@@ -185,10 +184,9 @@ def resume(run, steps, nets, optimizer, scaler, rank):
     if rank == 0 and os.name == "posix":  # elsewhere two runs in one folder are not noticed
         import fcntl
 
-        lock = open(path.parent / ".lock", "ab")
-        weakref.finalize(nets, lock.close)  # it ends with the networks, or the process; loaders never hold it
+        nets.lock = open(path.parent / ".lock", "ab")  # it ends with them, or the process; no loader holds it
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(nets.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another process is training in {path.parent}; use another --out") from None
     if path.exists():
