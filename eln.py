@@ -41,8 +41,7 @@ class ErrorLocalizationNetwork(nn.Module):
         with torch.no_grad():
             conv1.weight[:, :3] = rgb.weight  # the ImageNet filters for X; those for P and E begin fresh
         self.encoder.resnet.conv1 = conv1
-        channels = self.encoder.low_channels, self.encoder.high_channels
-        self.decoder = Decoder(*channels, out_channels, width, aspp_dropout=0.5)
+        self.decoder = Decoder(*self.encoder.channels, out_channels, width, aspp_dropout=0.5)
 
     def forward(self, x):
         """x (B, 3 + C + 1, H, W) of eln_input -> valid_logit (B, H, W); (B, C, H, W) with C outputs."""
@@ -59,8 +58,8 @@ class AuxiliaryNetworks(nn.Module):
 
     def __init__(self, num_classes, encoder, args):
         super().__init__()
-        channels = encoder.low_channels, encoder.high_channels
-        self.decoders = nn.ModuleList(Decoder(*channels, num_classes, args.width) for _ in args.alphas)
+        decoders = (Decoder(*encoder.channels, num_classes, args.width) for _ in args.alphas)
+        self.decoders = nn.ModuleList(decoders)
         arguments = num_classes, args.eln_backbone, args.eln_weights, args.width
         self.eln = ErrorLocalizationNetwork(*arguments, num_classes if args.corrector == "ecn" else 1)
 

@@ -2,7 +2,8 @@
 
 python evaluate.py RUN                        mIoU and the IoU of every class, of the run's latest student
 python evaluate.py RUN --figures 4            the same, and how ELN does on unlabelled images: a line, Fig. 5
-python evaluate.py RUN --error-localization   how well ELN finds errors on the unlabelled images (Table 4)
+python evaluate.py RUN --error-localization   how well ELN finds errors on these (Table 4): those that have a
+                                              mask, or if none has, validation images
 python evaluate.py RUN --predict PATH ...     masks of images, or of all in a folder; needs no data set
 python evaluate.py RUN RUN ... --figures 4    the runs' predictions for the same images, side by side
 python evaluate.py RUN RUN ... --compare      a table; runs that differ in split and seed make one row
@@ -28,7 +29,7 @@ from model import BACKBONES, DeepLabV3Plus, load_tensors
 FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "run", "labeled_list",
         "unlabeled_list")
 KEYS = ("stage", "args", "step", "rows", "networks", "classes", "labeled", "unlabeled")  # read of stageN.pt
-STEPS = 20000  # in which Table 4's rankings count pixels, by a doubt of -30 to 30; ties within a step
+STEPS = 20000  # of a doubt from -30 to 30, in which average precision counts pixels; ties within a step
 
 
 @torch.no_grad()
@@ -113,20 +114,18 @@ def error_localization(network, eln, scenes, threshold):
 
 
 def panels(networks, eln, X, image, label, palette):
-    """An image, its truth and each network's prediction: {caption: (H, W, 3) uint8}. With an ELN, or a single
-    network, also those of the paper's Fig. 5 for the last network.
-    networks is {caption: network}; eln judges the last, or is None
+    """An image, its truth and each network's prediction: {caption: (H, W, 3) uint8}.
+    networks is {caption: network}; eln judges the last, with the panels of the paper's Fig. 5, or is None
     X (1, 3, H, W) float, image (3, H, W) uint8, label (H, W) int64, palette as for colour."""
     row = {"image": image.permute(1, 2, 0).numpy(), "truth": colour(label, palette)}
     for caption, network in networks.items():
         logits = network(X)[0]
         prediction = logits[0].argmax(0)
         row[caption] = colour(prediction, palette)
-    shades = [225] * 3, [220, 40, 40], [128] * 3  # right, wrong, void
-    if eln is not None or len(networks) == 1:
+    if eln is not None:
+        shades = [225] * 3, [220, 40, 40], [128] * 3  # right, wrong, void
         wrong = (prediction != label).byte()
         row["its errors"] = colour(wrong.masked_fill(label == VOID, 2), shades)
-    if eln is not None:
         output = eln(eln_input(X, logits))
         refused = margin(output, logits)[0] <= 0
         found = colour(refused.byte().masked_fill(label == VOID, 2), shades)
@@ -290,7 +289,7 @@ def parse_args(argv=None):
     add("--workers", type=within(0), default=0, help="processes that load data (default: 0, none)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--figures", type=within(0), default=0, metavar="N", help="draw N images, see above")
-    add("--error-localization", action="store_true", help="Table 4, on the unlabelled images")
+    add("--error-localization", action="store_true", help="Table 4, see above")
     add("--predict", type=Path, nargs="+", metavar="PATH", help="segment image files, or all of a folder")
     add("--compare", action="store_true", help="print a Markdown table of the runs' results")
     return parser.parse_args(argv)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torchvision.ops import Conv2dNormActivation as ConvBNReLU  # keeps the size
+from torchvision.ops import Conv2dNormActivation as ConvBNReLU  # keeps the size; no bias
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
 EMBEDDING = 128  # D, the projector's output
@@ -69,8 +69,7 @@ class Encoder(nn.Module):
                 module.stride = (1, 1)
                 if module.kernel_size == (3, 3):
                     module.dilation = module.padding = (2, 2)
-        self.low_channels = 4 * 64 if backbone in ("resnet50", "resnet101") else 64
-        self.high_channels = resnet.fc.in_features
+        self.channels = resnet.fc.in_features // 8, resnet.fc.in_features  # of low, high
         del resnet.fc
         self.resnet = resnet
 
@@ -143,8 +142,7 @@ class DeepLabV3Plus(nn.Module):
     def __init__(self, num_classes, backbone="resnet50", weights="none", width=256):
         super().__init__()
         self.encoder = Encoder(backbone, weights)
-        channels = self.encoder.low_channels, self.encoder.high_channels
-        self.decoder = Decoder(*channels, num_classes, width, proj=True)
+        self.decoder = Decoder(*self.encoder.channels, num_classes, width, proj=True)
 
     def forward(self, image, embed=False):
         """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.

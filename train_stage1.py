@@ -28,7 +28,7 @@ from evaluate import FREE, fill, mean_iou, read_checkpoint, score
 from losses import auxiliary_loss, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, DeepLabV3Plus, WeightsError
 
-# Sec. 4.1 and 4.2; numbers of steps are the released code's, contrast_pixels is ours; iters are stage 2's.
+# Sec. 4.1, 4.2; steps are the released code's, contrast_pixels ours. It, iters, beta, lr_stage2: stage 2's.
 VOC = dict(
     ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
     backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
@@ -40,7 +40,7 @@ DEFAULTS = {
     "cityscapes": dict(
         VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
     ),
-    "shapes": dict(  # ours; in few steps a teacher must follow sooner (beta), a student must swing less (lr)
+    "shapes": dict(  # ours; in few steps a teacher must follow sooner: beta; a student swing less: lr_stage2
         ratio="1/20", size=[48, 48], batch_size=8, pretrain_iters=200, eln_iters=50, iters=120, lr=1e-3,
         backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
         contrast_pixels=1024, beta=0.95, lr_stage2=3e-4, workers=0, save_every=200, eval_every=1000,

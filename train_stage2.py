@@ -208,8 +208,8 @@ def parse_args(argv=None):
     known = {key: value for key, value in stage1["args"].items() if key not in ("out", "device", "amp")}
     defaults = DEFAULTS[known.get("dataset", given.dataset)]
     parser.set_defaults(**{key: value for key, value in defaults.items() if hasattr(given, key)})
-    own = {"weights": "none", "eln_weights": "none", "lr": defaults.get("lr_stage2", known.get("lr"))}
-    parser.set_defaults(**{**known, **own})  # stage 1's networks come instead of weights
+    rate = defaults.get("lr_stage2", known.get("lr", defaults["lr"]))
+    parser.set_defaults(**{**known, "weights": "none", "eln_weights": "none", "lr": rate})
     args = parser.parse_args(argv)
     require(known, f"{path} does not exist: run train_stage1.py first, or name its folder")
     for key in ("dataset", "ratio", "split"):

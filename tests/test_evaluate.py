@@ -307,7 +307,7 @@ def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
     colours, red, light, grey = np.array(PALETTE + [[255] * 3] * 253), [220, 40, 40], [225] * 3, [128] * 3
     want = {"image": image.permute(1, 2, 0).numpy(), "truth": colours[Y]}
     want.update(dict.fromkeys(networks, colours[P]))
-    masks = {"its errors": P != Y} if judge or not before else {}
+    masks = {"its errors": P != Y} if judge else {}
     for name, mask in {**masks, **({f"{judge} finds": refused} if judge else {})}.items():
         want[name] = np.where(Y[..., None] == 255, grey, np.where(mask[..., None], red, light))
     if judge:

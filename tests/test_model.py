@@ -66,7 +66,7 @@ def test_encoder_is_torchvisions_resnet_with_layer4_dilated(name):
         low, high = encoder(X)
     assert low.shape == (2, CHANNELS[name][0], 17, 13)  # ceil(65 / 4), ceil(50 / 4)
     assert high.shape == (2, CHANNELS[name][1], 5, 4)  # ceil(65 / 16), ceil(50 / 16)
-    assert (encoder.low_channels, encoder.high_channels) == CHANNELS[name]
+    assert encoder.channels == CHANNELS[name]
 
     layer4 = encoder.resnet.layer4
     convolutions = [module for module in layer4.modules() if isinstance(module, nn.Conv2d)]
