@@ -30,6 +30,7 @@ import torch, torchvision
 import data, eln, evaluate, model, train_stage1, train_stage2
 
 torch.set_default_dtype(torch.float64)
+data.MEAN, data.DEVIATION = data.MEAN.double(), data.DEVIATION.double()
 torch.nn.Dropout.forward = lambda self, x: x
 torchvision.models.get_model = lambda name, weights: torchvision.models.ResNet(
     torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
