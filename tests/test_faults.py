@@ -142,6 +142,7 @@ def test_torchrun_restarts_a_killed_worker(work, run_apart):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_run_ends_at_once_and_keeps_its_checkpoint(work, number):
     """Ctrl-C reaches the loader's processes too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     script, *options = STAGE1
     options += ["--pretrain-iters", 9999, "--save-every", 1, "--workers", 2]
     with launched(work, ROOT / script, *options) as process:
