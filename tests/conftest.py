@@ -13,6 +13,7 @@ from unittest import mock
 
 # For tensors this small several threads only wait for each other, for minutes where other programs run.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported, which reads it
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results of CPUs are compared, also where there is a GPU
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
