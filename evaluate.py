@@ -1,153 +1,242 @@
 """Measure and look at a run (Sec. 4.3), also while it is still in training.
 
-python evaluate.py RUN                        mIoU and the IoU of every class, of the run's latest student
-python evaluate.py RUN --figures 4            the same, and how ELN does on unlabelled images: a line, Fig. 5
-python evaluate.py RUN --error-localization   how well ELN finds errors on these (Table 4): those that have a
-                                              mask, or if none has, validation images
-python evaluate.py RUN --predict PATH ...     masks of images, or of all in a folder; needs no data set
-python evaluate.py RUN RUN ... --figures 4    the runs' predictions for the same images, side by side
-python evaluate.py RUN RUN ... --compare      a table; runs that differ in split and seed make one row
+python evaluate.py RUN                       IoU of every class and mIoU, of the run and stage 1
+python evaluate.py RUN --figures 4           the same, a line on how ELN does, and Fig. 5
+python evaluate.py RUN --error-localization  how well ELN finds errors (Table 4), in unlabelled
+                                             images that have a mask, else in validation images
+python evaluate.py RUN --predict PATH ...    masks of images and folders; needs no data set
+python evaluate.py RUN RUN ... --figures 4   the runs' predictions side by side
+python evaluate.py RUN RUN ... --compare     a table; runs that differ in split and seed alone
+                                             make one row
 """
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid
 
 from data import (
-    ENDINGS, VOID, InputError, load_dataset, normalize, one_line, read_rgb, replacing, require, resize,
-    within,
+    ENDINGS, VOID, InputError, Process, load_dataset, normalize, one_line, read_rgb, replacing,
+    require, resize, within,
 )
-from eln import ErrorLocalizationNetwork, eln_input, margin
-from model import BACKBONES, DeepLabV3Plus, load_tensors
+from eln import ErrorLocalizationNetwork, eln_input, valid_logit_of
+from losses import correctness, cross_entropy
+from model import BACKBONES, DeepLabV3Plus, load_tensors, resize_bilinear
 
-# A run may be resumed with other values of these options: they change nothing, or their ids are compared.
-FREE = ("data", "out", "device", "workers", "save_every", "eval_every", "log_every", "run", "labeled_list",
-        "unlabeled_list")
-KEYS = ("stage", "args", "step", "rows", "networks", "classes", "labeled", "unlabeled")  # read of stageN.pt
-STEPS = 20000  # of a doubt from -30 to 30, in which average precision counts pixels; ties within a step
+# ---- Validation: mIoU (Sec. 4.2) ----
 
 
 @torch.no_grad()
-def score(network, dataset, size, device, rank=0, world=1, workers=0):
-    """Confusion matrices of the validation split, every image counted once whatever the number of processes.
-    Returns {"resized": (C, C), "original": (C, C)} int64, [true, predicted]: against labels resized to `size`
-    (the paper's, Sec. 4.2), and against labels as they are, with the logits resized to them."""
+def score(network, dataset, size, process=Process(), workers=0):
+    """Confusion matrices of the validation images, each counted once by one of the processes.
+
+    Returns {"resized": (C, C), "original": (C, C)} int64, [true, predicted] pixels: against
+    labels resized to `size` (Sec. 4.2 resizes the images and is silent on labels), and against
+    labels as they are, to whose size the logits are resized.
+    """
     C = len(dataset.classes)
-    matrices = torch.zeros(2, C, C, dtype=torch.int64, device=device)
+    resized = torch.zeros(C, C, dtype=torch.int64, device=process.device)
+    original = torch.zeros_like(resized)
+    was_training = network.training
     network.eval()
-    for X, label, original in scenes_of(dataset, dataset.val[rank::world], size, device, workers):
+    mine = dataset.val[process.rank :: process.world]
+    for X, label, full_label in images_with_masks(dataset, mine, size, process.device, workers):
         logits = network(X)[0]
-        matrices[0] += count(logits[0].argmax(0), label, C)
-        matrices[1] += count(resized_argmax(logits, original.shape), original, C)
-    if world > 1:
-        torch.distributed.all_reduce(matrices)
-    return {"resized": matrices[0], "original": matrices[1]}
+        resized += confusion_matrix(logits[0].argmax(0), label, C)
+        original += confusion_matrix(resized_argmax(logits, full_label.shape), full_label, C)
+    network.train(was_training)
+    return {"resized": process.sum(resized), "original": process.sum(original)}
 
 
-def count(prediction, label, C):
-    """Confusion matrix (C, C) int64, [true, predicted] pixels, of two (H, W) integer; void is left out."""
+def validate(network, dataset, args, process):
+    """mIoU in percent on the validation images, against the labels that score resizes."""
+    return mean_iou(score(network, dataset, args.size, process, args.workers)["resized"])
+
+
+def images_with_masks(dataset, keys, size, device, workers=0):
+    """Images one by one: X (1, 3, H, W) float, label (H, W) int64, full_label (H0, W0) uint8.
+
+    (H, W) is `size`; if the data set is trained on crops, it is the image's own (H0, W0).
+    """
+    pairs = DataLoader(keys, batch_size=None, collate_fn=dataset.read_pair, num_workers=workers)
+    for done, (image, full_label) in enumerate(pairs, start=1):
+        if dataset.crop:
+            size = image.shape[1:]
+        X = normalize(resize(image, size).to(device))[None]
+        yield X, resize(full_label, size).to(device).long(), full_label.to(device)
+        if sys.stderr.isatty():
+            print(f"{done}/{len(keys)} images\033[K", end="\r", file=sys.stderr, flush=True)
+
+
+def confusion_matrix(prediction, label, C):
+    """(C, C) int64, [true, predicted] pixels, of two integer tensors; void is left out."""
     known = label != VOID
-    pairs = label[known].int() * C + prediction[known].int()
-    return torch.bincount(pairs, minlength=C * C).reshape(C, C)
+    pair = C * label[known].int() + prediction[known].int()
+    return torch.bincount(pair, minlength=C * C).reshape(C, C)
 
 
 def resized_argmax(logits, size):
-    """argmax of logits (1, C, h, w) resized to (H, W) -> (H, W) uint8."""
-    return F.interpolate(logits, size, mode="bilinear", align_corners=False)[0].argmax(0).byte()
+    """Classes of logits (1, C, h, w) that are resized to (H, W) -> (H, W) uint8."""
+    return resize_bilinear(logits, size)[0].argmax(0).byte()
 
 
 def iou(matrix):
-    """IoU of each class in percent, (C,) float64; nan where a class is neither there nor predicted."""
-    matrix = matrix.double()
-    hit = matrix.diagonal()
-    return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
+    """IoU of each class in percent, (C,) float64; nan where it neither is nor is predicted."""
+    intersection = matrix.double().diagonal()
+    union = matrix.sum(0) + matrix.sum(1) - intersection
+    return 100 * intersection / union
 
 
 def mean_iou(matrix):
-    """mIoU in percent: the mean of iou(matrix) over the classes that have one. InputError if none has."""
-    require(matrix.any(), f"there is nothing to score: no pixel of the masks has a class ({VOID} is void)")
+    """mIoU in percent: the mean of iou(matrix) over the classes that have one. InputError."""
+    require(matrix.any(), "there is nothing to score: all pixels of the masks are void (255)")
     return float(iou(matrix).nanmean())
 
 
-def error_localization(network, eln, scenes, threshold):
-    """Table 4: does ELN (or s-ECN), or a threshold on the softmax's confidence, tell wrong pixels from right?
-    eln may be None; scenes as from scenes_of; pixels of a confidence up to `threshold` are taken for wrong.
-    Returns {(method, positive, over): [precision, recall, F1]}. The positive class is "correct" or "error";
-    over is "image", a mean over the images where it is defined, or "pooled", all pixels. With over "AP" the
-    one value is the average precision. The method "none" rejects nothing: others should do better."""
-    histograms, counts, table = {}, {}, {}
-    for X, label, _ in scenes:
-        logits = network(X)[0]
-        known = label != VOID
-        wrong = (logits[0].argmax(0) != label)[known]  # (n,) bool
-        log_P = logits[0].double().log_softmax(0)[:, known]  # (C, n)
-        confidence = log_P.max(0).values.exp()
-        methods = {}  # how much each doubts a pixel, and which pixels it rejects
-        if eln is not None:
-            output = eln(eln_input(X, logits))
-            doubt = -margin(output, logits)[0][known]
-            methods["ELN" if output.ndim == 3 else "s-ECN"] = doubt, doubt >= 0
-        methods["confidence"] = -torch.logit(confidence, eps=1e-12), confidence <= threshold
-        methods["none"] = torch.zeros_like(confidence), torch.zeros_like(wrong)
-        for method, (amount, refused) in methods.items():
-            place = ((amount + 30) / 60 * STEPS).long().clamp(0, STEPS - 1)
-            counted = torch.bincount(place + STEPS * wrong, minlength=2 * STEPS).reshape(2, STEPS)
-            histograms[method] = histograms.get(method, 0) + counted
-            counts.setdefault(method, []).append(count(refused, wrong, 2))
-    for method, matrices in counts.items():
-        each = torch.stack(matrices).double()  # (images, 2, 2), [wrong, rejected] pixels
-        for over, matrix in (("image", each), ("pooled", each.sum(0, keepdim=True))):
-            hits = matrix.diagonal(dim1=1, dim2=2)  # (images, 2): right pixels accepted, wrong ones rejected
-            claimed, there = matrix.sum(1), matrix.sum(2)
-            rates = torch.stack([hits / claimed, hits / there, 2 * hits / (claimed + there)])
-            table[method, "correct", over], table[method, "error", over] = rates.nanmean(1).T.tolist()
-    for method, counted in histograms.items():
-        right, wrong = counted.flip(1).double().cumsum(1)  # the most doubted first
-        precision, gain = wrong / (wrong + right).clamp(min=1), counted[1].flip(0)
-        table[method, "error", "AP"] = [float((precision * gain).sum() / wrong[-1].clamp(min=1))]
+# ---- Error localization (Table 4) ----
+
+BINS = 20000  # of error scores from -30 to 30; pixels in one bin are tied
+
+
+def error_localization(network, eln, images, threshold):
+    """Table 4: does ELN, or a threshold on the softmax's confidence, find the wrong pixels?
+
+    eln        ELN or the s-ECN, or None
+    images     as images_with_masks gives them
+    threshold  "confidence" rejects pixels whose confidence is not above it
+    Returns {(method, positive, over): values}. The values are precision, recall and F1 of the
+    positive class, "correct" or "error"; over is "image", their mean over the images where they
+    are defined, or "pooled", those of all pixels together. With over = "AP" the one value is
+    the average precision of finding errors. The method "none" rejects nothing.
+    """
+    matrices, histograms = {}, {}
+    for X, label, _ in images:
+        wrong, methods = judge_pixels(network, eln, X, label, threshold)
+        for method, (error_score, rejected) in methods.items():
+            matrices.setdefault(method, []).append(confusion_matrix(rejected, wrong, 2))
+            histograms[method] = histograms.get(method, 0) + error_histogram(error_score, wrong)
+    table = {}
+    for method in matrices:
+        # [wrong, rejected] pixels of each image: (images, 2, 2).
+        of_images = torch.stack(matrices[method]).double()
+        pooled = of_images.sum(0, keepdim=True)  # (1, 2, 2)
+        for positive, name in enumerate(["correct", "error"]):
+            rates = precision_recall_f1(of_images, positive)
+            table[method, name, "image"] = rates.nanmean(0).tolist()
+            table[method, name, "pooled"] = precision_recall_f1(pooled, positive)[0].tolist()
+        table[method, "error", "AP"] = [average_precision(histograms[method])]
     return table
+
+
+def judge_pixels(network, eln, X, label, threshold):
+    """Which of an image's n non-void pixels are wrong, and which ones each method rejects.
+
+    Returns wrong (n,) bool and {method: (error_score (n,) float, rejected (n,) bool)}; a high
+    score means that the method suspects the pixel.
+    """
+    logits = network(X)[0]
+    known = label != VOID
+    wrong = (logits[0].argmax(0) != label)[known]
+    methods = {}
+    if eln is not None:
+        output = eln(eln_input(X, logits))
+        valid_logit = valid_logit_of(output, logits)[0][known]
+        methods["ELN" if output.ndim == 3 else "s-ECN"] = (-valid_logit, valid_logit <= 0)
+    confidence = logits[0].double().softmax(0).amax(0)[known]
+    methods["confidence"] = (-confidence.logit(eps=1e-12), confidence <= threshold)
+    methods["none"] = (torch.zeros_like(confidence), torch.zeros_like(wrong))
+    return wrong, methods
+
+
+def precision_recall_f1(matrices, positive):
+    """Precision, recall and F1 of a class -> (n, 3); nan where there is no pixel.
+
+    matrices  (n, 2, 2) float, [wrong, rejected] pixels: [:, 1, 1] are wrong and rejected
+    positive  1: errors, which should be rejected; 0: correct pixels, which should be accepted
+    """
+    hits = matrices[:, positive, positive]
+    claimed = matrices[:, :, positive].sum(1)  # rejected (accepted) pixels
+    there = matrices[:, positive, :].sum(1)  # wrong (right) pixels
+    return torch.stack([hits / claimed, hits / there, 2 * hits / (claimed + there)], dim=1)
+
+
+def error_histogram(error_score, wrong):
+    """(2, BINS) int64: how many right and wrong pixels have an error score in each bin."""
+    bins = ((error_score + 30) / 60 * BINS).long().clamp(0, BINS - 1)
+    return torch.stack([bins[part].bincount(minlength=BINS) for part in (~wrong, wrong)])
+
+
+def average_precision(histogram):
+    """The area under precision over recall, 1 at best, of an error_histogram.
+
+    Pixels are rejected bin by bin, from the highest error score down. The area is the sum over
+    bins of the precision (wrong pixels among the rejected ones) times the gain in recall.
+    """
+    right, wrong = histogram.flip(1).double()  # (BINS,) each, most suspicious first
+    rejected = (right + wrong).cumsum(0)
+    precision = wrong.cumsum(0) / rejected.clamp(min=1)
+    gain = wrong / wrong.sum().clamp(min=1)
+    return float((precision * gain).sum())
+
+
+@torch.no_grad()
+def diagnosis(logits, aux_logits, valid_logits, label, process):
+    """How wrong the decoders are and how well ELN finds it: columns of the log, of one batch.
+
+    ce_k/ce_0      mean cross-entropy of decoder k over the main one's, as in Eq. (3)
+    wrong_k        share of wrong pixels that decoder k (0: the main one) gives ELN
+    eln_precision, eln_recall  of ELN (or the s-ECN) at finding them in all K+1 predictions
+    """
+    known = label != VOID
+    sums = []
+    for logits_k, output_k in zip([logits, *aux_logits], valid_logits):
+        wrong = correctness(logits_k, label) == 0
+        rejected = known & (valid_logit_of(output_k, logits_k) <= 0)
+        counts = [known.sum(), wrong.sum(), rejected.sum(), (wrong & rejected).sum()]
+        sums.append(torch.stack([cross_entropy(logits_k, label).sum(), *counts]).double())
+    sums = process.sum(torch.stack(sums))  # (K+1, 5)
+    ce, known, wrong, rejected, hits = sums.T.tolist()  # K+1 each
+    row = {f"ce_{k}/ce_0": ce[k] / max(ce[0], 1e-12) for k in range(1, len(ce))}
+    for k in range(len(ce)):
+        row[f"wrong_{k}"] = wrong[k] / max(known[k], 1)
+    row["eln_precision"] = sum(hits) / max(sum(rejected), 1)
+    row["eln_recall"] = sum(hits) / max(sum(wrong), 1)
+    return row
+
+
+# ---- Figures (Fig. 3 to 6) ----
+
+RIGHT_OR_WRONG = ((210, 210, 210), (0, 0, 0))  # light grey, black
 
 
 def panels(networks, eln, X, image, label, palette):
     """An image, its truth and each network's prediction: {caption: (H, W, 3) uint8}.
-    networks is {caption: network}; eln judges the last, with the panels of the paper's Fig. 5, or is None
-    X (1, 3, H, W) float, image (3, H, W) uint8, label (H, W) int64, palette as for colour."""
+
+    networks  {caption: network}
+    eln       judges the last network's prediction, which adds the panels of Fig. 5; or None
+    X, image, label  (1, 3, H, W) float; the same as (3, H, W) uint8; (H, W) int64
+    """
     row = {"image": image.permute(1, 2, 0).numpy(), "truth": colour(label, palette)}
     for caption, network in networks.items():
         logits = network(X)[0]
         prediction = logits[0].argmax(0)
         row[caption] = colour(prediction, palette)
-    if eln is not None:
-        shades = [225] * 3, [220, 40, 40], [128] * 3  # right, wrong, void
-        wrong = (prediction != label).byte()
-        row["its errors"] = colour(wrong.masked_fill(label == VOID, 2), shades)
-        output = eln(eln_input(X, logits))
-        refused = margin(output, logits)[0] <= 0
-        found = colour(refused.byte().masked_fill(label == VOID, 2), shades)
-        row[f"{'ELN' if output.ndim == 3 else 's-ECN'} finds"] = found
-        row["filtered"] = colour(prediction.masked_fill(refused, VOID), palette)
+    if eln is None:
+        return row
+    output = eln(eln_input(X, logits))
+    rejected = valid_logit_of(output, logits)[0] <= 0
+    name = "ELN" if output.ndim == 3 else "s-ECN"
+    for caption, mask in (("its errors", prediction != label), (f"{name} finds", rejected)):
+        row[caption] = colour(mask.byte().masked_fill(label == VOID, VOID), RIGHT_OR_WRONG)
+    row["filtered"] = colour(prediction.masked_fill(rejected, VOID), palette)
     return row
-
-
-def sheet(rows):
-    """A PIL image of panels' rows, which have the same captions and sizes; the captions stand on top."""
-    H, W = rows[0]["image"].shape[:2]
-    zoom = max(1, round(192 / W))  # small panels are enlarged
-    H, W, gap, top = H * zoom, W * zoom, 4, W * zoom // 8
-    whole = Image.new("RGB", (len(rows[0]) * (W + gap) - gap, top + len(rows) * (H + gap) - gap), "white")
-    for i, caption in enumerate(rows[0]):
-        text = Image.new("RGB", (W, top), "white")  # which cuts a long caption
-        ImageDraw.Draw(text).text((2, 0), caption, fill="black", font_size=top * 0.75)
-        whole.paste(text, (i * (W + gap), 0))
-        for j, row in enumerate(rows):
-            panel = Image.fromarray(row[caption]).resize((W, H), Image.Resampling.NEAREST)
-            whole.paste(panel, (i * (W + gap), top + j * (H + gap)))
-    return whole
 
 
 def colour(index, palette):
@@ -157,16 +246,37 @@ def colour(index, palette):
     return table[index.cpu().numpy()]
 
 
+def sheet(rows):
+    """A PIL image of rows of panels, which have the same captions and sizes."""
+    H, W = rows[0]["image"].shape[:2]
+    zoom = max(1, round(192 / W))  # small panels are enlarged
+    tiles = []
+    for row in rows:
+        for panel in row.values():
+            tile = torch.from_numpy(panel).permute(2, 0, 1)
+            tiles.append(tile.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    grid = make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=255)
+    top = W * zoom // 8
+    whole = Image.new("RGB", (grid.shape[2], top + grid.shape[1]), "white")
+    whole.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, top))
+    for column, caption in enumerate(rows[0]):
+        text = Image.new("RGB", (W * zoom, top), "white")  # which cuts a long caption
+        ImageDraw.Draw(text).text((2, 0), caption, fill="black", font_size=top * 0.75)
+        whole.paste(text, (4 + column * (W * zoom + 4), 0))
+    return whole
+
+
+# ---- Prediction ----
+
+
 def predict(network, record, paths, folder, device):
-    """Segment images, and all in folders: STEM_class.png (class numbers), STEM_colour.png, STEM_overlay.png.
-    A broken image does not end the others: its line goes to stderr. Returns the exit code, then 2."""
-    files, code = {}, 0
-    for path in paths:
-        inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in ENDINGS]
-        for file in inside or [path]:
-            first = files.setdefault(file.stem, file)
-            require(first == file, f"--predict: {file} and {first} would give the same files")
-    for stem, path in files.items():
+    """Segment images, and all images in folders, whatever their size. Returns the exit code.
+
+    Writes STEM_class.png (class numbers), STEM_colour.png and STEM_overlay.png into `folder`.
+    A broken image does not end the others: its line goes to stderr, and the code is 2.
+    """
+    code = 0
+    for path in image_paths(paths):
         try:
             image = read_rgb(path)
         except InputError as error:
@@ -176,103 +286,322 @@ def predict(network, record, paths, folder, device):
         if image.max() < 64:
             print(f"{path}: its brightest value is {int(image.max())} of 255", file=sys.stderr)
         size = image.shape[1:] if record["crop"] else record["size"]
-        X = normalize(resize(image, None, size)[0].to(device))[None]
+        X = normalize(resize(image, size).to(device))[None]
         index = resized_argmax(network(X)[0], image.shape[1:])
         painted = colour(index, record["palette"])
         overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
         folder.mkdir(exist_ok=True)
-        for name, array in (("class", index.cpu().numpy()), ("colour", painted), ("overlay", overlay)):
-            with replacing(folder / f"{stem}_{name}.png") as file:
-                Image.fromarray(array).save(file, "PNG")
-        print(folder / f"{stem}_overlay.png")
+        pictures = {"class": index.cpu().numpy(), "colour": painted, "overlay": overlay}
+        for name, picture in pictures.items():
+            with replacing(folder / f"{path.stem}_{name}.png") as file:
+                Image.fromarray(picture).save(file, "PNG")
+        print(folder / f"{path.stem}_overlay.png")
     return code
 
 
+def image_paths(paths):
+    """The files in `paths`, and the images in the folders in it. InputError for twins."""
+    files = {}  # {stem: path}
+    for path in paths:
+        inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in ENDINGS]
+        for file in inside or [path]:
+            first = files.setdefault(file.stem, file)
+            require(first == file, f"--predict: {file} and {first} would give the same files")
+    return list(files.values())
+
+
+# ---- Comparison of runs ----
+
+# A run may be resumed with other values of these options: they change nothing of what is
+# computed (a device its rounding), and lists are compared by their ids.
+CHANGEABLE = (
+    "data", "out", "device", "workers", "save_every", "eval_every", "log_every", "run",
+    "labeled_list", "unlabeled_list",
+)
+
+
 def compare(paths):
-    """A Markdown table of checkpoints; runs that differ in split, seed and FREE options alone are one row.
-    A row is named by the options in which it differs from the others of its stage. mIoU in percent: mean and
-    standard deviation (n - 1) of student and teacher, each at the last and at the best validation."""
-    groups = {}
+    """A Markdown table of checkpoints; runs that differ in split and seed alone make one row.
+
+    A row is named by the options in which it differs from the others of its stage. mIoU is the
+    mean ± standard deviation (n - 1) of student and teacher, at the last and best validation.
+    """
+    groups = {}  # {("stage2", option, ...): the checkpoints of one row}
     for path in paths:
         checkpoint = read_checkpoint(path)
-        stage, step, args = checkpoint["stage"], checkpoint["step"], checkpoint["args"]
-        settings = {**args, **{key: len(checkpoint[key]) for key in ("labeled", "unlabeled")}}
-        names = [f"{key} {value}" for key, value in settings.items() if key not in (*FREE, "split", "seed")]
-        done, *columns = groups.setdefault((stage, *names), ([], [], [], [], []))
-        steps = args["iters"] if stage == 2 else args["pretrain_iters"] + args["eln_iters"]
-        done.append(f"{step}" if step == steps else f"{step} of {steps}")
-        for key, last, best in (("mIoU", *columns[:2]), ("mIoU_teacher", *columns[2:])):
-            values = [row[key] for row in checkpoint["rows"] if key in row]
-            last += values[-1:]
-            best += sorted(values)[-1:]
+        settings = dict(checkpoint["args"])
+        for key in ("labeled", "unlabeled"):
+            settings[key] = len(checkpoint[key])
+        for key in (*CHANGEABLE, "split", "seed"):
+            settings.pop(key, None)
+        options = [f"{key} {value}" for key, value in settings.items()]
+        groups.setdefault((f"stage{checkpoint['stage']}", *options), []).append(checkpoint)
     lines = ["| run | number | mIoU | best | teacher | its best | steps |", "| --- " * 7 + "|"]
-    for (stage, *names), (done, *columns) in groups.items():
-        differing = [name for name in names if not all(name in peer for peer in groups if peer[0] == stage)]
-        cells = [", ".join([f"stage{stage}", *differing]), str(len(done))]
-        for values in columns:
-            deviation = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.2f}{deviation}" if values else "")
-        lines.append(f"| {' | '.join(cells)} | {', '.join(dict.fromkeys(done))} |")
+    for name, checkpoints in groups.items():
+        peers = [set(other) for other in groups if other[0] == name[0]]
+        common = set.intersection(*peers)
+        options = [option for option in name[1:] if option not in common]
+        cells = [", ".join([name[0], *options]), f"{len(checkpoints)}"]
+        for column in ("mIoU", "mIoU_teacher"):
+            cells += mean_and_deviation(checkpoints, column)
+        cells.append(", ".join({steps_done(checkpoint): None for checkpoint in checkpoints}))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def read_checkpoint(path, needed=KEYS, stage=None):
-    """A dict of tensors and plain values that torch.save wrote, with the keys `needed`; no code is run.
-    Raises InputError, naming the file, if it is missing, damaged, of another stage, or something else."""
+def mean_and_deviation(checkpoints, column):
+    """Two cells, of the last and of the best validation in each checkpoint's log."""
+    last, best = [], []
+    for checkpoint in checkpoints:
+        values = [row[column] for row in checkpoint["rows"] if column in row]
+        if values:
+            last.append(values[-1])
+            best.append(max(values))
+    cells = []
+    for values in (last, best):
+        cell = f"{np.mean(values):.2f}" if values else ""
+        if len(values) > 1:
+            cell += f" ± {np.std(values, ddof=1):.2f}"
+        cells.append(cell)
+    return cells
+
+
+def steps_done(checkpoint):
+    """"120", or "100 of 120" of a run that is still in training."""
+    args = checkpoint["args"]
+    steps = args["pretrain_iters"] + args["eln_iters"]
+    if checkpoint["stage"] == 2:
+        steps = args["iters"]
+    return f"{steps}" if checkpoint["step"] == steps else f"{checkpoint['step']} of {steps}"
+
+
+# ---- Reading checkpoints ----
+
+CHECKPOINT_KEYS = "stage args step rows networks classes labeled unlabeled".split()
+STUDENT_KEYS = "network backbone width classes palette size crop".split()
+
+
+def read_checkpoint(path, keys=CHECKPOINT_KEYS, stage=None):
+    """A dict of tensors and plain values with these keys, as the scripts write it.
+
+    Raises InputError if the file is missing, damaged, of another stage, or no checkpoint.
+    """
     try:
         checkpoint = load_tensors(path)
-        missing = [key for key in needed if key not in checkpoint.keys()]
+        missing = [key for key in keys if key not in checkpoint.keys()]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist") from None
     except Exception:  # damaged bytes reach the readers as errors of many kinds
         raise InputError(f"{path} is damaged, or no dict of tensors and plain values") from None
-    require(not missing, f"{path} is not the file that is needed here: it has no {' '.join(missing[:1])}")
-    require(stage in (None, checkpoint.get("stage")), f"{path} is not a checkpoint of stage {stage}")
+    if missing:
+        raise InputError(f"{path} is not the file that is needed here: it has no {missing[0]}")
+    if stage is not None and checkpoint["stage"] != stage:
+        raise InputError(f"{path} is not a checkpoint of stage {stage}")
     return checkpoint
 
 
-def fill(network, state, path, prefix=""):
-    """Load a state dict's entries below `prefix`, strictly. Raises InputError if they do not fit."""
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+def load_state(network, state, path, prefix=""):
+    """Load a state dict's entries below `prefix`, strictly. InputError if they do not fit."""
+    below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
-        network.load_state_dict(state)
+        network.load_state_dict(below)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()
-        raise InputError(f"{path} holds other networks than are needed: {reason[:80]} ...") from None
+        reason = str(error).splitlines()[1].strip()[:80]
+        raise InputError(f"{path} holds other networks than are needed: {reason} ...") from None
 
 
 def load_student(path, device="cpu"):
-    """The network of student_stage1.pt or student_stage2.pt, in eval mode, and a dict: classes (names),
-    palette (C RGB triples), size (H, W) of training images, crop (True: trained on crops, images go in as
-    they are), backbone, width. Raises InputError if the file is missing, broken, or of something else."""
-    record = read_checkpoint(path, ("network", "backbone", "width", "classes", "palette", "size", "crop"))
-    require(record["backbone"] in BACKBONES, f"{path} has the backbone {record['backbone']}, unknown here")
-    network = DeepLabV3Plus(len(record["classes"]), record["backbone"], "none", record["width"])
-    fill(network, record.pop("network"), path)
+    """The network of student_stage1.pt or student_stage2.pt, in eval mode, and what it needs.
+
+    Returns network and a dict: classes (names), palette (C RGB triples), size (H, W) of
+    training images, crop (True: trained on crops, so that images go in as they are), backbone,
+    width. Raises InputError if the file is missing, broken, or of something else.
+    """
+    record = read_checkpoint(path, STUDENT_KEYS)
+    backbone = record["backbone"]
+    require(backbone in BACKBONES, f"{path} has the backbone {backbone}, unknown here")
+    network = DeepLabV3Plus(len(record["classes"]), backbone, "none", record["width"])
+    load_state(network, record.pop("network"), path)
     return network.to(device, memory_format=torch.channels_last).eval(), record
 
 
 def load_eln(path, checkpoint, device="cpu"):
-    """ELN, or the s-ECN, in eval mode from a checkpoint read from `path`; None if none has been trained."""
-    args, C, networks = checkpoint["args"], len(checkpoint["classes"]), checkpoint["networks"]
-    trained = checkpoint["stage"] == 2 or checkpoint["step"] > args["pretrain_iters"]
-    if not trained or not any(name.startswith("auxiliary.eln.") for name in networks):
+    """ELN or the s-ECN of a checkpoint read from `path`, in eval mode; None if it has none."""
+    args = checkpoint["args"]
+    is_trained = checkpoint["stage"] == 2 or checkpoint["step"] > args["pretrain_iters"]
+    is_there = any(name.startswith("auxiliary.eln.") for name in checkpoint["networks"])
+    if not (is_trained and is_there):
         return None
-    outputs = C if args["corrector"] == "ecn" else 1
-    eln = ErrorLocalizationNetwork(C, args["eln_backbone"], "none", args["width"], outputs)
-    fill(eln, networks, path, "auxiliary.eln.")
+    C = len(checkpoint["classes"])
+    out_channels = 1 if args["corrector"] == "eln" else C
+    eln = ErrorLocalizationNetwork(C, args["eln_backbone"], "none", args["width"], out_channels)
+    load_state(eln, checkpoint["networks"], path, "auxiliary.eln.")
     return eln.to(device, memory_format=torch.channels_last).eval()
 
 
-def scenes_of(dataset, keys, size, device, workers=0):
-    """Images with masks, on the device: X (1, 3, H, W) float, label (H, W) int64, original (H0, W0) uint8.
-    H, W is `size`; if the data set is trained on crops, images stay as they are."""
-    loader = torch.utils.data.DataLoader(keys, None, collate_fn=dataset.read_pair, num_workers=workers)
-    for done, (image, original) in enumerate(loader, start=1):
-        image, label = resize(image, original, image.shape[1:] if dataset.crop else size)
-        yield normalize(image.to(device))[None], label.to(device).long(), original.to(device)
-        if sys.stderr.isatty():
-            print(f"{done}/{len(keys)} images\033[K", end="\r", file=sys.stderr, flush=True)
+@dataclass
+class LoadedRun:
+    """A run's latest networks, or those of --stage."""
+
+    path: Path  # its stage1.pt or stage2.pt
+    checkpoint: dict  # None where the student's file suffices
+    network: nn.Module  # the student, with --teacher the teacher
+    record: dict  # as from load_student
+
+
+def load_run(folder, args, device):
+    """The run in a folder -> LoadedRun. Raises InputError for what cannot be read."""
+    path = checkpoint_path(folder, args.stage)
+    network, record = load_student(path.with_name(f"student_{path.name}"), device)
+    run = LoadedRun(path, None, network, record)
+    if args.teacher or not args.predict:
+        run.checkpoint = read_checkpoint(path, stage=int(path.stem[-1]))
+    if args.teacher:
+        has_teacher = run.checkpoint["stage"] == 2
+        require(has_teacher, f"--teacher: {path} is of stage 1, which has none")
+        load_state(network, run.checkpoint["networks"], path, "teacher.")
+    return run
+
+
+def checkpoint_path(folder, stage):
+    """stageN.pt in a run's folder; without a stage, the latest that has a student."""
+    if stage is None:
+        stage = 2 if (folder / "student_stage2.pt").exists() else 1
+    return folder / f"stage{stage}.pt"
+
+
+# ---- Command line: one function a mode ----
+
+
+@torch.no_grad()
+def main(args):
+    """Do what the command line asks. Returns the exit code; raises InputError."""
+    device = choose_device(args.device)
+    if args.compare:
+        print(compare([checkpoint_path(folder, args.stage) for folder in args.run]))
+        return 0
+    single = len(args.run) == 1
+    require(single or args.figures, "several runs go with --compare, or with --figures N")
+    runs = [load_run(folder, args, device) for folder in args.run]
+    if args.predict:
+        folder = runs[0].path.with_name("predictions")
+        return predict(runs[0].network, runs[0].record, args.predict, folder, device)
+    dataset = load_data(runs, args.data)
+    if args.error_localization:
+        print_error_localization(runs[0], dataset, args, device)
+    elif single:
+        print_scores(runs[0], dataset, args, device)
+    if args.figures:
+        draw_figures(runs, dataset, args, device)
+    return 0
+
+
+def choose_device(name):
+    is_gpu = torch.cuda.is_available()
+    require(is_gpu or name != "cuda", "--device cuda: PyTorch sees no GPU; use --device cpu")
+    return torch.device("cuda" if is_gpu and name != "cpu" else "cpu")
+
+
+def load_data(runs, data):
+    """The data set of the first run, which must fit the others. Raises InputError."""
+    first = runs[0]
+    settings = first.checkpoint["args"]
+    dataset = load_dataset(settings["dataset"], data or settings["data"])
+    for run in runs:
+        same_classes = run.checkpoint["classes"] == list(dataset.classes)
+        same_size = run.record["size"] == first.record["size"]
+        others = f"other classes than the data set, or another --size than {first.path}"
+        require(same_classes and same_size, f"{run.path} has {others}")
+    return dataset
+
+
+def title(run, args):
+    network = "teacher" if args.teacher else "student"
+    return f"{run.path.stem}, step {run.checkpoint['step']}, {network}:"
+
+
+def print_scores(run, dataset, args, device):
+    """The IoU of each class, of stage 1 and of the run."""
+    process = Process(device=device)
+    columns = {}  # {caption: (C, C)}
+    for caption, network in networks_of_stages(run, device).items():
+        matrices = score(network, dataset, run.record["size"], process, args.workers)
+        columns[caption] = matrices["resized"]
+    if not torch.equal(matrices["resized"], matrices["original"]):
+        columns["own size"] = matrices["original"]
+    images = f"{len(dataset.val)} validation images of {dataset.name}"
+    print(f"{title(run, args)} IoU in percent, {images}")
+    print(f"{'class':20}" + "".join(f"{caption:>10}" for caption in columns))
+    table = torch.stack([iou(matrix) for matrix in columns.values()], dim=1)  # (C, columns)
+    means = [mean_iou(matrix) for matrix in columns.values()]
+    for name, values in zip([*dataset.classes, "mean"], [*table.tolist(), means]):
+        print(f"{name:20}" + "".join(f"{value:10.2f}" for value in values))
+    have_iou = table.isfinite().sum(0).tolist()
+    if min(have_iou) < len(table):
+        classes = f"{have_iou} of {len(table)} classes"
+        print(f"means over {classes}: the others are neither there nor predicted")
+
+
+def networks_of_stages(run, device):
+    """{caption: network}: the run's, and before stage 2's that of stage 1, if it is there."""
+    networks = {}
+    before = run.path.with_name("student_stage1.pt")
+    if run.checkpoint["stage"] == 2 and before.exists():
+        networks["stage 1"], _ = load_student(before, device)
+    networks[f"stage {run.checkpoint['stage']}"] = run.network
+    return networks
+
+
+def print_error_localization(run, dataset, args, device):
+    """Print Table 4: how well ELN and a threshold find the wrong pixels."""
+    kind, keys = images_to_judge([run], dataset)
+    images = images_with_masks(dataset, keys, run.record["size"], device, args.workers)
+    eln = load_eln(run.path, run.checkpoint, device)
+    table = error_localization(run.network, eln, images, args.threshold)
+    rule = f"confidence rejects up to {args.threshold}"
+    print(f"{title(run, args)} errors, {len(keys)} {kind} images; {rule}")
+    print(f"{'method':12}{'positive':12}{'over':12}{'precision':>10}{'recall':>10}{'F1':>10}")
+    for (method, positive, over), values in table.items():
+        print(f"{method:12}{positive:12}{over:12}" + "".join(f"{x:10.4f}" for x in values))
+
+
+def images_to_judge(runs, dataset):
+    """Unlabelled images of a run that have a mask, else validation images: kind and ids."""
+    unlabeled = runs[0].checkpoint["unlabeled"]
+    with_mask = [key for key in unlabeled if key in dataset.files and dataset.has_mask(key)]
+    if len(runs) == 1 and with_mask:
+        return "unlabelled", with_mask
+    return "validation", dataset.val
+
+
+def draw_figures(runs, dataset, args, device):
+    """Fig. 5 of one run, or several runs side by side as in Fig. 3."""
+    kind, keys = images_to_judge(runs, dataset)
+    size = runs[0].record["size"]
+    eln = None
+    networks = {f"{run.path.parent}": run.network for run in runs}
+    target = runs[0].path.parent / "figures" / "compare.png"
+    if len(runs) == 1:
+        networks = networks_of_stages(runs[0], device)
+        eln = load_eln(runs[0].path, runs[0].checkpoint, device)
+        target = target.with_name(f"{runs[0].path.stem}.png")
+    if eln is not None:
+        images = images_with_masks(dataset, keys[:100], size, device, args.workers)
+        table = error_localization(runs[0].network, eln, images, args.threshold)
+        line = f"average precision (1 at best), errors in {len(keys[:100])} {kind} images:"
+        for (method, _, over), values in table.items():
+            if over == "AP":
+                line += f"  {method} {values[0]:.3f}"
+        print(line)
+    rows = []
+    keys = keys[: args.figures]
+    for key, (X, label, _) in zip(keys, images_with_masks(dataset, keys, size, device)):
+        image = resize(dataset.read_image(key), label.shape)
+        rows.append(panels(networks, eln, X, image, label, runs[0].record["palette"]))
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target) as file:
+        sheet(rows).save(file, "PNG")
+    print(f"figures: {target}")
 
 
 def parse_args(argv=None):
@@ -280,98 +609,23 @@ def parse_args(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("run", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/shapes-1_20-0")
-    add("--stage", type=int, choices=(1, 2), help="which stage's networks (default: the latest)")
+    add("run", type=Path, nargs="+", metavar="RUN", help="a run's folder: runs/shapes-1_20-0")
+    add("--stage", type=int, choices=(1, 2), help="of the networks (default: the latest)")
     add("--teacher", action="store_true", help="stage 2's teacher instead of its student")
-    add("--data", metavar="DIR", help="where the data set lies (default: where the run found it)")
-    add("--threshold", type=within(0, 1, float), default=0.9, help="on the confidence, Table 4 (0.9)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    add("--workers", type=within(0), default=0, help="processes that load data (default: 0, none)")
+    add("--data", metavar="DIR", help="of the data set (default: where the run found it)")
+    add("--threshold", type=within(0, 1, float), default=0.9, help="of Table 4 (default: 0.9)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add("--workers", type=within(0), default=0, help="processes that load data (default: 0)")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--figures", type=within(0), default=0, metavar="N", help="draw N images, see above")
     add("--error-localization", action="store_true", help="Table 4, see above")
-    add("--predict", type=Path, nargs="+", metavar="PATH", help="segment image files, or all of a folder")
+    add("--predict", type=Path, nargs="+", metavar="PATH", help="segment images, see above")
     add("--compare", action="store_true", help="print a Markdown table of the runs' results")
     return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def main(args):
-    """Do what the command line asks. Returns the exit code; raises InputError for what cannot be used."""
-    gpu = torch.cuda.is_available()
-    require(gpu or args.device != "cuda", "--device cuda: PyTorch sees no GPU here; use --device cpu")
-    device = "cuda" if gpu and args.device != "cpu" else "cpu"
-    single = len(args.run) == 1
-    require(single or args.compare or args.figures, "several runs go with --compare, or with --figures N")
-    latest = [2 if (run / "student_stage2.pt").exists() else 1 for run in args.run]
-    paths = [run / f"stage{args.stage or stage}.pt" for run, stage in zip(args.run, latest)]
-    if args.compare:
-        return print(compare(paths))
-
-    networks, dataset = {}, None
-    for path in paths:
-        network, record = load_student(path.with_name(f"student_{path.name}"), device)
-        checkpoint = read_checkpoint(path) if args.teacher or not args.predict else None
-        if args.teacher:
-            require(checkpoint["stage"] == 2, f"--teacher: {path} is of stage 1, which has none")
-            fill(network, checkpoint["networks"], path, "teacher.")
-        if args.predict:
-            return predict(network, record, args.predict, path.with_name("predictions"), device)
-        if dataset is None:
-            dataset = load_dataset(checkpoint["args"]["dataset"], args.data or checkpoint["args"]["data"])
-            size = record["size"]
-        same = (checkpoint["classes"], record["size"]) == (list(dataset.classes), size)
-        require(same, f"{path} has other classes than the data set, or another --size than {paths[0]}")
-        networks[f"stage {checkpoint['stage']}" if single else str(path.parent)] = network
-    unlabeled = [key for key in checkpoint["unlabeled"] if dataset.files.get(key, (None, None))[1]]
-    kind, keys = ("unlabelled", unlabeled) if single and unlabeled else ("validation", dataset.val)
-    eln = load_eln(path, checkpoint, device) if single else None
-    who = f"{path.stem}, step {checkpoint['step']}, {'teacher' if args.teacher else 'student'}:"
-
-    if args.error_localization:
-        scenes = scenes_of(dataset, keys, size, device, args.workers)
-        table = error_localization(network, eln, scenes, args.threshold)
-        print(f"{who} errors, {len(keys)} {kind} images; confidence rejects up to {args.threshold}")
-        print(f"{'method':12}{'positive':12}{'over':12}{'precision':>10}{'recall':>10}{'F1':>10}")
-        for names, values in table.items():
-            print("".join(f"{name:12}" for name in names) + "".join(f"{value:10.4f}" for value in values))
-    elif single:
-        before, columns = path.with_name("student_stage1.pt"), {}
-        if checkpoint["stage"] == 2 and before.exists():
-            networks = {"stage 1": load_student(before, device)[0], **networks}
-        for name, each in networks.items():
-            matrices = score(each, dataset, size, device, workers=args.workers)
-            columns[name] = matrices["resized"]
-        if not torch.equal(*matrices.values()):
-            columns["own size"] = matrices["original"]
-        means = [mean_iou(matrix) for matrix in columns.values()]
-        table = torch.stack([iou(matrix) for matrix in columns.values()], 1)  # (C, columns)
-        there = table.isfinite().sum(0).tolist()
-        print(f"{who} IoU in percent, {len(dataset.val)} validation images of {dataset.name}")
-        print(f"{'class':20}" + "".join(f"{name:>10}" for name in columns))
-        for name, values in [*zip(dataset.classes, table.tolist()), ("mean", means)]:
-            print(f"{name:20}" + "".join(f"{value:10.2f}" for value in values))
-        if min(there) < len(table):
-            print(f"means over {there} of {len(table)} classes: the others are neither there nor predicted")
-    if args.figures and eln is not None:
-        scenes = scenes_of(dataset, keys[:100], size, device, args.workers)
-        table = error_localization(network, eln, scenes, args.threshold)
-        line = "  ".join(f"{method} {row[0]:.3f}" for (method, _, over), row in table.items() if over == "AP")
-        print(f"average precision (1 at best), errors in {len(keys[:100])} {kind} images:  {line}")
-    if args.figures:
-        rows = []
-        for key, (X, label, _) in zip(keys, scenes_of(dataset, keys[: args.figures], size, device)):
-            image = resize(dataset.read_image(key), None, label.shape)[0]
-            rows.append(panels(networks, eln, X, image, label, record["palette"]))
-        target = paths[0].parent / "figures" / (f"{path.stem}.png" if single else "compare.png")
-        target.parent.mkdir(exist_ok=True)
-        with replacing(target) as file:
-            sheet(rows).save(file, "PNG")
-        print(f"figures: {target}")
-
-
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
+    sys.stdout.reconfigure(errors="replace")  # for names that the terminal's encoding lacks
     try:
         sys.exit(main(parse_args()))
     except (InputError, OSError) as error:

@@ -1,7 +1,8 @@
 """DeepLabv3+ with a ResNet backbone: the segmentation network of Sec. 4.1.
 
-An encoder (torchvision's ResNet at output stride 16) and a decoder (ASPP, low-level branch, two heads), of
-which eln.py makes the auxiliary decoders and ELN too. Stride 4 means ceil(H/4) x ceil(W/4).
+An encoder (torchvision's ResNet at output stride 16) and a decoder (ASPP, low-level branch, two
+heads). eln.py makes the auxiliary decoders and ELN of the same parts. A map of stride 4 is
+ceil(H/4) x ceil(W/4) large.
 """
 
 import warnings
@@ -14,130 +15,138 @@ from torch import nn
 from torchvision.ops import Conv2dNormActivation as ConvBNReLU  # keeps the size; no bias
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
-EMBEDDING = 128  # D, the projector's output
-
-
-class WeightsError(ValueError):
-    """A backbone's weights cannot be had, or belong to another network. The message says which and why."""
-
-
-def load_tensors(path):
-    """What torch.save wrote to a file, on the CPU; tensors and plain values alone, no code is run.
-
-    Raises ValueError where the file's checksums show damage, which torch.load ignores; else as it."""
-    if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-        raise ValueError(f"{path} is damaged")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of noise torch.load suspects a newer format, before it fails
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def load_backbone_weights(resnet, name, weights):
-    """Fill a torchvision ResNet, in place, strictly: each entry must be there and fit.
-
-    resnet   the network, its `fc` included, which stays as it is; name: one of BACKBONES
-    weights  "none" (nothing is done), "imagenet" (torchvision's IMAGENET1K_V1, downloaded once), or the path
-             of a torchvision state dict of any floating-point type, with `fc.*` and BatchNorm's counts or not
-    Raises WeightsError if they cannot be had, or are not this network's."""
-    if weights == "none":
-        return
-    imagenet = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"]
-    source = imagenet.url if weights == "imagenet" else weights
-    own = {key: value for key, value in resnet.state_dict().items() if "fc." in key or "num_batches" in key}
-    try:
-        state = imagenet.get_state_dict(check_hash=True) if source != weights else load_tensors(weights)
-        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-        resnet.load_state_dict({**own, **state})
-    except Exception as error:  # damaged bytes reach the readers as errors of many kinds
-        reason = " ".join(str(error).split())[:160]
-        raise WeightsError(
-            f"weights {source} cannot be used for {name} ({reason}); give the path of a torchvision state "
-            "dict, or start from --weights none --eln-weights none"
-        ) from None
+EMBEDDING = 128  # D, the channels of the projector's output
 
 
 class Encoder(nn.Module):
-    """E: a torchvision ResNet of BACKBONES without its classifier, at output stride 16; weights as above."""
+    """E: a torchvision ResNet without its classifier, at output stride 16.
+
+    backbone  one of BACKBONES
+    weights   "none", "imagenet" or a path, see load_backbone_weights
+    """
 
     def __init__(self, backbone="resnet50", weights="none"):
         super().__init__()
         resnet = torchvision.models.get_model(backbone, weights=None)
         load_backbone_weights(resnet, backbone, weights)
-        # torchvision's own switch for dilation refuses the basic block of ResNet-18 and 34
+        # layer4 keeps stride 16 and looks twice as far instead. torchvision's own switch for
+        # this refuses ResNet-18 and 34, and leaves layer4's first 3x3 convolution undilated.
         for module in resnet.layer4.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
                 if module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (2, 2)
-        self.channels = resnet.fc.in_features // 8, resnet.fc.in_features  # of low, high
+                    module.dilation = (2, 2)
+                    module.padding = (2, 2)
+        low_channels = resnet.fc.in_features // 8  # of layer1
+        high_channels = resnet.fc.in_features  # of layer4
+        self.channels = (low_channels, high_channels)
         del resnet.fc
         self.resnet = resnet
 
     def forward(self, x):
-        """(B, 3, H, W) float -> low (B, 64 or 256, stride 4), high (B, 512 or 2048, stride 16)."""
+        """Features of two depths.
+
+        x (B, 3, H, W) float
+        Returns low (B, 64 or 256, stride 4) and high (B, 512 or 2048, stride 16).
+        """
         r = self.resnet
-        x = r.maxpool(r.relu(r.bn1(r.conv1(x))))
-        low = r.layer1(x)
+        x = r.relu(r.bn1(r.conv1(x)))
+        low = r.layer1(r.maxpool(x))
         high = r.layer4(r.layer3(r.layer2(low)))
         return low, high
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: what lies at rates 1, 6, 12, 18 and the whole image, side by side. The
-    image's branch has no BatchNorm: of one image per process it would see a single value."""
+    """Atrous spatial pyramid pooling: a 1x1, three dilated 3x3 and an image-pooling branch."""
 
     def __init__(self, in_channels, width, dropout):
         super().__init__()
-        self.rates = nn.ModuleList([ConvBNReLU(in_channels, width, 1)])
-        self.rates.extend(ConvBNReLU(in_channels, width, 3, dilation=rate) for rate in (6, 12, 18))
-        self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, width, 1), nn.ReLU())
-        self.project = nn.Sequential(ConvBNReLU(5 * width, width, 1), nn.Dropout(dropout))
+        self.branches = nn.ModuleList()
+        self.branches.append(ConvBNReLU(in_channels, width, kernel_size=1))
+        for rate in (6, 12, 18):
+            self.branches.append(ConvBNReLU(in_channels, width, kernel_size=3, dilation=rate))
+        self.image = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(in_channels, width, kernel_size=1),
+            nn.ReLU(),  # no BatchNorm before it: of one image it would see a single value
+        )
+        self.project = nn.Sequential(
+            ConvBNReLU(5 * width, width, kernel_size=1),
+            nn.Dropout(dropout),
+        )
 
     def forward(self, high):
         """(B, in_channels, h, w) -> (B, width, h, w)."""
-        image = self.image(high).expand(-1, -1, *high.shape[2:])
-        return self.project(torch.cat([*(rate(high) for rate in self.rates), image], dim=1))
+        outputs = [branch(high) for branch in self.branches]
+        pooled = self.image(high)  # (B, width, 1, 1)
+        outputs.append(pooled.expand(-1, -1, *high.shape[2:]))
+        return self.project(torch.cat(outputs, dim=1))
 
 
 def head(width, out_channels):
     """Seg and Proj of Sec. 4.1: two 1x1 convolutions and a ReLU between them."""
-    return nn.Sequential(nn.Conv2d(width, width, 1), nn.ReLU(), nn.Conv2d(width, out_channels, 1))
+    return nn.Sequential(
+        nn.Conv2d(width, width, kernel_size=1),
+        nn.ReLU(),
+        nn.Conv2d(width, out_channels, kernel_size=1),
+    )
 
 
 class Decoder(nn.Module):
-    """D, and each auxiliary D^k: ASPP, DeepLabv3+'s low-level branch, heads Seg and (main decoder only) Proj.
+    """D, and each auxiliary D^k: ASPP, DeepLabv3+'s low-level branch, the heads Seg and Proj.
 
-    low_channels, high_channels  the encoder's; out_channels is C (ELN: 1)
+    low_channels, high_channels  the encoder's
+    out_channels  C; for ELN 1
     width         channels of ASPP and decoder, 256 in DeepLabv3+
-    aspp_dropout  dropout behind the ASPP
-    proj          whether there is a projector, EMBEDDING channels"""
+    aspp_dropout  probability of the dropout behind the ASPP
+    proj          whether there is a projector; only the main decoder has one
+    """
 
-    def __init__(self, low_channels, high_channels, out_channels, width=256, aspp_dropout=0.1, proj=False):
+    def __init__(
+        self, low_channels, high_channels, out_channels, width=256, aspp_dropout=0.1, proj=False
+    ):
         super().__init__()
         self.aspp = ASPP(high_channels, width, aspp_dropout)
-        self.low = ConvBNReLU(low_channels, 48, 1)
+        self.low = ConvBNReLU(low_channels, 48, kernel_size=1)
         self.fuse = nn.Sequential(
-            ConvBNReLU(width + 48, width, 3), nn.Dropout(0.5),
-            ConvBNReLU(width, width, 3), nn.Dropout(0.1),
+            ConvBNReLU(width + 48, width, kernel_size=3),
+            nn.Dropout(0.5),
+            ConvBNReLU(width, width, kernel_size=3),
+            nn.Dropout(0.1),
         )
         self.seg = head(width, out_channels)
-        self.proj = head(width, EMBEDDING) if proj else None
+        self.proj = None
+        if proj:
+            self.proj = head(width, EMBEDDING)
 
     def forward(self, low, high, size, embed=False):
-        """Logits at `size` (H, W), and with embed=True features.
+        """Logits at `size` (H, W), and with embed=True the features of Eq. (10).
 
         low (B, low_channels, stride 4), high (B, high_channels, stride 16)
-        Returns logits (B, out_channels, H, W), at least float32; feature (B, EMBEDDING, stride 4) or None."""
-        x = F.interpolate(self.aspp(high), size=low.shape[2:], mode="bilinear", align_corners=False)
+        Returns logits (B, out_channels, H, W), at least float32, and feature (B, EMBEDDING,
+        stride 4), or None without embed.
+        """
+        x = resize_bilinear(self.aspp(high), low.shape[2:])
         x = self.fuse(torch.cat([x, self.low(low)], dim=1))  # (B, width, stride 4)
         logits = self.seg(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        return logits, self.proj(x) if embed else None
+        logits = resize_bilinear(logits, size)
+        feature = None
+        if embed:
+            feature = self.proj(x)
+        return logits, feature
+
+
+def resize_bilinear(x, size):
+    """(B, channels, h, w) -> (B, channels, H, W) for size (H, W)."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class DeepLabV3Plus(nn.Module):
-    """The main segmentation network D(E(X)), student and teacher. Arguments as in Encoder and Decoder."""
+    """The main segmentation network D(E(X)): student and teacher.
+
+    num_classes  C; backbone and weights as in Encoder, width as in Decoder
+    """
 
     def __init__(self, num_classes, backbone="resnet50", weights="none", width=256):
         super().__init__()
@@ -145,8 +154,69 @@ class DeepLabV3Plus(nn.Module):
         self.decoder = Decoder(*self.encoder.channels, num_classes, width, proj=True)
 
     def forward(self, image, embed=False):
-        """X (B, 3, H, W), ImageNet-normalised -> logits, feature, encoded.
+        """P before its softmax, and what other networks need of it.
 
-        logits (B, C, H, W); feature (B, 128, stride 4), or None without embed; encoded: the encoder's two"""
-        encoded = self.encoder(image)
-        return *self.decoder(*encoded, image.shape[2:], embed), encoded
+        image  (B, 3, H, W) float: X, ImageNet-normalised
+        Returns logits (B, C, H, W); feature (B, EMBEDDING, stride 4), or None without embed;
+        encoded, the encoder's (low, high).
+        """
+        low, high = self.encoder(image)
+        logits, feature = self.decoder(low, high, image.shape[2:], embed)
+        return logits, feature, (low, high)
+
+
+# ---- Reading weights ----
+
+
+class WeightsError(ValueError):
+    """A backbone's weights cannot be had, or are another network's; the message says why."""
+
+
+def load_backbone_weights(resnet, backbone, weights):
+    """Fill a torchvision ResNet in place, strictly: each entry must be there and fit.
+
+    resnet    the network with its classifier `fc`, which stays as it is
+    backbone  one of BACKBONES
+    weights   "none": nothing is done. "imagenet": torchvision's IMAGENET1K_V1, downloaded once.
+              Else the path of a torchvision state dict of any floating-point type; `fc.*` and
+              BatchNorm's counts of batches may be missing.
+    Raises WeightsError if they cannot be had, or are not this network's.
+    """
+    if weights == "none":
+        return
+    imagenet = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+    source = imagenet.url if weights == "imagenet" else weights
+    try:
+        if weights == "imagenet":
+            loaded = imagenet.get_state_dict(check_hash=True)
+        else:
+            loaded = load_tensors(weights)
+        state = {}
+        for name, value in resnet.state_dict().items():
+            if name.startswith("fc.") or name.endswith("num_batches_tracked"):
+                state[name] = value  # may be missing in the file
+        for name, value in loaded.items():
+            if not name.startswith("fc."):
+                state[name] = value
+        resnet.load_state_dict(state)
+    except Exception as error:  # damaged bytes reach the readers as errors of many kinds
+        reason = " ".join(str(error).split())[:160]
+        raise WeightsError(
+            f"weights {source} cannot be used for {backbone} ({reason}); give the path of a "
+            "torchvision state dict, or start from --weights none --eln-weights none"
+        ) from None
+
+
+def load_tensors(path):
+    """What torch.save wrote to a file: tensors on the CPU and plain values; no code is run.
+
+    Raises ValueError where the file's checksums show damage, which torch.load ignores, and what
+    torch.load raises.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if file.testzip() is not None:
+                raise ValueError(f"{path} is damaged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.load warns of odd bytes before it fails
+        return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,13 +1,16 @@
-"""Stage 1 (Sec. 3.1): the segmentation network, then auxiliary decoders and ELN with it, on labelled images.
+"""Stage 1 (Sec. 3.1): the segmentation network, then auxiliary decoders and ELN with it.
 
-    python train_stage1.py                                                   # `shapes`, on any machine
+    python train_stage1.py                                         # `shapes`, on any machine
     torchrun --nproc_per_node=4 train_stage1.py --dataset voc --data DIR --ratio 1/20
 
-First L_sup alone (--pretrain-iters), then L_labeled = L_sup + L_aux + L_ELN (--eln-iters). The same command
-resumes an interrupted run. --eln-iters 0 leaves L_sup alone: the "Baseline" of Table 1.
+First L_sup alone (--pretrain-iters), then L_labeled = L_sup + L_aux + L_ELN (--eln-iters), on
+labelled images only. The same command resumes an interrupted run. --eln-iters 0 leaves L_sup
+alone: the "Baseline" of Table 1.
 """
 
 import argparse
+import csv
+import io
 import math
 import os
 import sys
@@ -20,311 +23,464 @@ import torch.distributed as dist
 from torch import nn
 
 from data import (
-    DATASETS, InputError, check_files, load_dataset, make_loader, normalize, one_line, replacing, require,
-    share_of_batch, split_ids, within,
+    DATASETS, InputError, Process, check_files, load_dataset, make_loader, one_line, replacing,
+    require, seed_step, split_ids, to_device, weight_of_process, within,
 )
-from eln import AuxiliaryNetworks, diagnosis, ecn_loss
-from evaluate import FREE, fill, mean_iou, read_checkpoint, score
+from eln import AuxiliaryNetworks, ecn_loss
+from evaluate import CHANGEABLE, diagnosis, load_state, read_checkpoint, validate
 from losses import auxiliary_loss, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, DeepLabV3Plus, WeightsError
 
-# Sec. 4.1, 4.2; steps are the released code's, contrast_pixels ours. It, iters, beta, lr_stage2: stage 2's.
-VOC = dict(
-    ratio="1/20", size=[512, 512], batch_size=6, pretrain_iters=18620, eln_iters=13300, iters=101080, lr=1e-4,
-    backbone="resnet50", weights="imagenet", eln_backbone="resnet34", eln_weights="imagenet", width=256,
-    contrast_pixels=4096, beta=0.995, workers=min(4, os.cpu_count()), save_every=1000, eval_every=2660,
-)
-DEFAULTS = {
-    "voc": VOC,
-    "folder": VOC,
-    "cityscapes": dict(
-        VOC, ratio="1/8", size=[512, 1024], batch_size=4, pretrain_iters=26600, eln_iters=15428, iters=90972
-    ),
-    "shapes": dict(  # ours; in few steps a teacher must follow sooner: beta; a student swing less: lr_stage2
-        ratio="1/20", size=[48, 48], batch_size=8, pretrain_iters=200, eln_iters=50, iters=120, lr=1e-3,
-        backbone="resnet18", weights="none", eln_backbone="resnet18", eln_weights="none", width=64,
-        contrast_pixels=1024, beta=0.95, lr_stage2=3e-4, workers=0, save_every=200, eval_every=1000,
-    ),
-}
 
-
-def train(args, rank, world, device):
+def train(args, process):
     """Sec. 3.1: pre-training with L_sup, then L_labeled of Eq. (7)."""
     dataset = load_dataset(args.dataset, args.data)
-    ids = split_ids(dataset, args.ratio, args.split, args.labeled_list, args.unlabeled_list)
-    run = open_run(1, args, dataset, *ids, rank)
-    C, steps = len(dataset.classes), args.pretrain_iters + args.eln_iters
-    torch.manual_seed(args.seed)
-    nets = nn.ModuleDict({"main": DeepLabV3Plus(C, args.backbone, args.weights, args.width)})  # E, D
-    if args.eln_iters:
-        nets["auxiliary"] = AuxiliaryNetworks(C, nets.main.encoder, args)  # D^k, ELN
-    nets.main.decoder.proj.requires_grad_(False)  # Proj learns in stage 2
-    main, auxiliary, optimizer, scaler, autocast = prepare(nets, args, world, device)
-    start, rows = resume(run, steps, nets, optimizer, scaler, rank)
-    size, n, place = args.size, args.batch_size, (start, steps, rank, world, args.workers)
-    batches = make_loader(dataset, run["labeled"], size, True, n, (args.seed, 1, 0), *place)
-    mine = share_of_batch(n, rank, world)
-    share = world * (mine.stop - mine.start) / n  # DDP averages over processes: weigh each by its images
+    lists = (args.labeled_list, args.unlabeled_list)
+    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, *lists)
+
+    # Networks: E and D; the auxiliary decoders D^k and ELN.
+    torch.manual_seed(args.seed)  # of their first weights
+    nets = nn.ModuleDict()
+    nets["main"] = DeepLabV3Plus(len(dataset.classes), args.backbone, args.weights, args.width)
+    nets["main"].decoder.proj.requires_grad_(False)  # Proj learns in stage 2
+    if args.eln_iters > 0:
+        nets["auxiliary"] = AuxiliaryNetworks(len(dataset.classes), nets["main"].encoder, args)
+    run, lock = open_run(1, args, dataset, labeled, unlabeled, process)  # locked until the end
+    main, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)
+    nets.train()  # always; score puts a network into eval mode and back
     eln_or_ecn_loss = {"eln": eln_loss, "ecn": ecn_loss}[args.corrector]
 
-    for step, (image, label) in progress(batches, rows, start, steps, rank):
-        torch.manual_seed(hash((args.seed, 1, step, rank)))  # dropout, the same when resumed
-        image = normalize(image.to(device, non_blocking=True))
-        label = label.to(device, non_blocking=True).long()
-        nets.train()
+    # Batches of labelled images, from where an interrupted run stopped.
+    steps = args.pretrain_iters + args.eln_iters
+    start, rows = resume(run, steps, nets, optimizer, scaler, process)
+    stream = (args.seed, 1, 0)  # stage 1, labelled images
+    batches = make_loader(
+        dataset, labeled, args.size, labeled=True, batch_size=args.batch_size, stream=stream,
+        start=start, stop=steps, process=process, workers=args.workers,
+    )
+    weight = weight_of_process(args.batch_size, process)
+
+    for step, batch in progress(batches, rows, start, steps, process):
+        seed_step(args.seed, 1, step, process)
+        image, label = to_device(batch, process.device)  # X, Y
+
+        # The main network learns from the labels.
         optimizer.zero_grad()
         with autocast:
             logits, _, encoded = main(image)  # D(E(X)): P before its softmax
         L_sup = supervised_loss(logits, label)  # Eq. (2)
+        terms = {"L_sup": L_sup}
         loss = L_sup
-        row = {"L_sup": L_sup}
+
+        # After the pre-training the decoders D^k learn too, but stay worse than D, and ELN
+        # learns to find the wrong pixels of all K+1 predictions.
         if step > args.pretrain_iters:
             with autocast:
                 aux_logits, valid_logits = auxiliary(image, logits, *encoded)  # P^k, B^k
             L_aux = auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
             L_eln = eln_or_ecn_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
             loss = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
-            row.update(L_aux=L_aux, L_eln=L_eln)
-        scaler.scale(share * loss).backward()
+            terms.update(L_aux=L_aux, L_eln=L_eln)
+        scaler.scale(weight * loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        same_statistics(nets, world, device)
+        same_statistics(nets, process)
 
-        scored = step % args.eval_every == 0 or step == steps
-        if step % args.log_every == 0 or scored:
-            row = numbers(step, row, share, world)
+        # Log, validate, save.
+        is_scored = step % args.eval_every == 0 or step == steps
+        if is_scored or step % args.log_every == 0:
+            row = log_row(step, terms, weight, process)
             if step > args.pretrain_iters:
-                row.update(diagnosis(logits, aux_logits, valid_logits, label, world))
-            if scored:
-                matrices = score(nets.main, dataset, args.size, device, rank, world, args.workers)
-                row["mIoU"] = mean_iou(matrices["resized"])
+                row.update(diagnosis(logits, aux_logits, valid_logits, label, process))
+            if is_scored:
+                row["mIoU"] = validate(nets["main"], dataset, args, process)
             rows.append(row)
-        if rank == 0 and (step % args.save_every == 0 or step == steps):
-            save(run, dataset, step, rows, nets, optimizer, scaler)
+        if step % args.save_every == 0 or step == steps:
+            save(run, dataset, step, rows, nets, optimizer, scaler, process)
 
 
-# What follows serves both stages, and is not the paper's.
+# ---- Processes and precision (both stages) ----
 
 
-def open_run(stage, args, dataset, labeled, unlabeled, rank):
-    """Refuse files that cannot be used. Returns the part of a checkpoint that tells runs apart."""
-    for note in check_files(dataset, labeled, unlabeled, args.size):
-        if rank == 0:
-            print(note, flush=True)
-    ids = {"labeled": labeled, "unlabeled": unlabeled}
-    return {"stage": stage, "args": vars(args), **ids, "classes": list(dataset.classes)}
-
-
-def prepare(nets, args, world, device):
-    """To the device; processes that average gradients; AdamW of Sec. 4.2, which leaves alone what has no
-    gradient yet; mixed precision. Returns main, auxiliary (or None) to call, optimizer, scaler, autocast."""
-    gpu = device.type == "cuda"
-    nets.to(device, memory_format=torch.channels_last if gpu else torch.contiguous_format)  # each the faster
-    if world > 1 and gpu:
-        nn.SyncBatchNorm.convert_sync_batchnorm(nets)
-    encoders = [p for name, p in nets.named_parameters() if "encoder." in name and p.requires_grad]
-    rest = [p for name, p in nets.named_parameters() if "encoder." not in name and p.requires_grad]
-    rate = args.lr if args.backbone_lr is None else args.backbone_lr
-    groups = [{"params": encoders, "lr": rate}, {"params": rest}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    dtype = None if args.amp == "off" else getattr(torch, args.amp)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    autocast = torch.autocast(device.type, dtype, enabled=dtype is not None)
-    called = [nets[name] if name in nets else None for name in ("main", "auxiliary")]
+def start_process(args):
+    """Join the processes that torchrun started, if any, and settle --amp auto -> Process."""
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    n = args.batch_size
+    require(world <= n, f"--batch-size {n} is too small for {world} processes")
+    gpus = torch.cuda.device_count() if args.device != "cpu" else 0
+    if local_rank >= gpus and (gpus > 0 or args.device == "cuda"):
+        have = f"{gpus} GPUs for {local_rank + 1} processes"
+        raise InputError(f"--device {args.device}: {have}; use --device cpu")
+    device = torch.device("cpu")
+    if gpus > 0:
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True  # sizes are fixed in training
+    if args.amp == "auto":
+        args.amp = "off"
+        if gpus > 0:
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            args.amp = "bfloat16" if has_bfloat16 else "float16"
     if world > 1:
-        warnings.filterwarnings("ignore", "`broadcast_buffers`")  # its successor came with PyTorch 2.13
-        ddp = dict(broadcast_buffers=False, gradient_as_bucket_view=True)  # statistics are equal already
-        called = [net and nn.parallel.DistributedDataParallel(net, **ddp) for net in called]
-    return *called, optimizer, scaler, autocast
+        dist.init_process_group("nccl" if gpus > 0 else "gloo")
+    return Process(rank, world, device)
 
 
-def same_statistics(nets, world, device):
-    """On CPUs, which have no SyncBatchNorm, all take the first process's BatchNorm statistics."""
-    if world > 1 and device.type == "cpu":
+def prepare(nets, args, process):
+    """Everything around the networks that training needs.
+
+    nets  ModuleDict of "main" (stage 1) or "student" (stage 2), and perhaps "auxiliary" and
+          "teacher"; it is moved to the device
+    Returns the segmentation network and the auxiliary networks (or None) as they are to be
+    called, which averages gradients over processes; AdamW of Sec. 4.2, which skips parameters
+    without a gradient (D^k and ELN in the pre-training); a gradient scaler and autocast, which
+    do nothing without --amp.
+    """
+    device = process.device
+    is_gpu = device.type == "cuda"
+    layout = torch.channels_last if is_gpu else torch.contiguous_format  # the faster on each
+    nets.to(device, memory_format=layout)
+    if process.world > 1 and is_gpu:
+        nn.SyncBatchNorm.convert_sync_batchnorm(nets)
+    encoders, others = [], []
+    for name, parameter in nets.named_parameters():
+        if parameter.requires_grad:
+            group = encoders if "encoder." in name else others
+            group.append(parameter)
+    encoder_rate = args.lr if args.backbone_lr is None else args.backbone_lr
+    groups = [{"params": encoders, "lr": encoder_rate}, {"params": others, "lr": args.lr}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
+    dtype = None if args.amp == "off" else getattr(torch, args.amp)
+    autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    network = average_gradients(nets["student" if "student" in nets else "main"], process)
+    auxiliary = None
+    if "auxiliary" in nets:
+        auxiliary = average_gradients(nets["auxiliary"], process)
+    return network, auxiliary, optimizer, scaler, autocast
+
+
+def average_gradients(network, process):
+    """The network in DistributedDataParallel, if there are several processes."""
+    if process.world == 1:
+        return network
+    warnings.filterwarnings("ignore", "`broadcast_buffers`")  # renamed in PyTorch 2.13
+    return nn.parallel.DistributedDataParallel(
+        network,
+        broadcast_buffers=False,  # same_statistics and SyncBatchNorm see to them
+        gradient_as_bucket_view=True,  # saves the memory of a copy
+    )
+
+
+def same_statistics(nets, process):
+    """On CPUs, which lack SyncBatchNorm, all take the first process's BatchNorm statistics."""
+    if process.world > 1 and process.device.type == "cpu":
         for buffer in nets.buffers():
             dist.broadcast(buffer, 0)
 
 
-def progress(batches, rows, start, steps, rank):
-    """(step, batch) from start + 1 on. Prints each row that the loop adds to `rows` (the diagnosis is in the
-    file), and in between, on a terminal, a line that renews itself every second."""
-    renew = "\r\033[K" if sys.stdout.isatty() else ""
-    began = shown = time.monotonic()
-    for step, batch in enumerate(batches, start + 1):
-        yield step, batch
-        now, line = time.monotonic(), ""
-        if rows and rows[-1]["step"] == step:
-            names = [name for name in rows[-1] if name.startswith(("L_", "accepted", "mIoU"))]
-            line = "".join(f"  {name} {rows[-1][name]:.3g}" for name in names) + "\n"
-        elif renew and now - shown > 1:
-            seconds = int((now - began) / (step - start) * (steps - step))
-            line = f"  {seconds // 60}:{seconds % 60:02d} left"
-        if line and rank == 0:
-            print(f"{renew}{step}/{steps}{line}", end="", flush=True)
-            shown = now
+# ---- Checkpoints and log (both stages) ----
 
 
-def numbers(step, row, share, world):
-    """{name: scalar tensor} of this process -> numbers over the batch. Ends the run if one is not finite."""
-    values = share * torch.stack([value.detach() for value in row.values()]) / world
-    if world > 1:
-        dist.all_reduce(values)
-    row = {"step": step, **dict(zip(row, values.tolist()))}
-    wrong = [f"{name} is {value}" for name, value in row.items() if not math.isfinite(value)]
-    if wrong:
-        sys.exit(f"step {step}: {', '.join(wrong)}; a smaller --lr or --amp off may help")
-    return row
+def open_run(stage, args, dataset, labeled, unlabeled, process):
+    """Check the data, and make and lock the run's folder. Raises InputError.
+
+    Returns the part of a checkpoint that tells runs apart, and the lock (see lock_folder).
+    """
+    for note in check_files(dataset, labeled, unlabeled, args.size):
+        if process.rank == 0:
+            print(note, flush=True)
+    run = dict(stage=stage, args=vars(args), labeled=labeled, unlabeled=unlabeled)
+    run["classes"] = list(dataset.classes)
+    return run, lock_folder(args.out, process)
 
 
-def resume(run, steps, nets, optimizer, scaler, rank):
-    """Go on from the run's checkpoint, if there is one. Returns the steps done and the log's rows. Raises
-    InputError if it was made with other arguments (but those of FREE), images or classes, or is in use."""
-    path, start, rows = Path(run["args"]["out"]) / f"stage{run['stage']}.pt", 0, []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and os.name == "posix":  # elsewhere two runs in one folder are not noticed
-        import fcntl
+def lock_folder(folder, process):
+    """Keep other processes from training in a folder for as long as the returned file is open.
 
-        nets.lock = open(path.parent / ".lock", "ab")  # it ends with them, or the process; no loader holds it
-        try:
-            fcntl.lockf(nets.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"another process is training in {path.parent}; use another --out") from None
+    Raises InputError if another one does. Without POSIX's locks nothing is noticed.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if process.rank > 0 or os.name != "posix":
+        return None
+    import fcntl
+
+    lock = open(Path(folder, ".lock"), "ab")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        message = f"another process is training in {folder}; use another --out"
+        raise InputError(message) from None
+    return lock
+
+
+def resume(run, steps, nets, optimizer, scaler, process):
+    """Go on from the run's checkpoint, if there is one: the steps done and the log's rows.
+
+    Raises InputError if it was made with other images, classes or options (those of
+    evaluate.CHANGEABLE apart).
+    """
+    path = Path(run["args"]["out"], f"stage{run['stage']}.pt")
+    start, rows = 0, []
     if path.exists():
-        state = read_checkpoint(path, (*run, "step", "rows", "networks", "optimizer", "scaler"), run["stage"])
-        differ = [
-            f"--{key.replace('_', '-')} {state['args'].get(key)}, but this command has {value}"
-            for key, value in run["args"].items() if key not in FREE and state["args"].get(key) != value
-        ]
-        differ += [f"other {key}" for key in ("labeled", "unlabeled", "classes") if state[key] != run[key]]
-        if differ:
-            raise InputError(f"{path} was made with {differ[0]}; give the same to go on, or another --out")
-        fill(nets, state["networks"], path)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        start, rows = state["step"], state["rows"]
-    if rank == 0:
-        done = f"is finished ({steps} steps)" if start == steps else f"begins after {start} of {steps} steps"
+        keys = (*run, "step", "rows", "networks", "optimizer", "scaler")
+        checkpoint = read_checkpoint(path, keys, run["stage"])
+        require_same_run(run, checkpoint, path)
+        load_state(nets, checkpoint["networks"], path)
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        start, rows = checkpoint["step"], checkpoint["rows"]
+    if process.rank == 0:
+        state = f"begins after {start} of {steps} steps"
+        if start == steps:
+            state = f"is finished ({steps} steps)"
         images = f"{len(run['labeled'])} labelled, {len(run['unlabeled'])} unlabelled images"
-        print(f"{path} {done}; {images}", flush=True)
+        print(f"{path} {state}; {images}", flush=True)
     return start, rows
 
 
-def save(run, dataset, step, rows, nets, optimizer, scaler):
-    """The student alone, the log, and last the checkpoint; each is whole at any moment. Ends the run instead
-    of saving a number that is not finite; raises OSError if a file cannot be written."""
-    args, classes = run["args"], run["classes"]
-    names = {"networks": nets, "optimizer": optimizer, "scaler": scaler}
-    parts = {name: part.state_dict() for name, part in names.items()}
-    moments = (value for state in parts["optimizer"]["state"].values() for value in state.values())
-    finite = [value.isfinite().all() for value in (*parts["networks"].values(), *moments)]
-    if not torch.stack(finite).all():
-        sys.exit(f"a weight or moment is not finite after step {step}; a smaller --lr may help")
-    student = {key: args[key] for key in ("backbone", "width", "size")}
-    palette = dataset.palette[: len(classes)].tolist()
-    student.update(network=nets.main.state_dict(), classes=classes, crop=dataset.crop, palette=palette)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, *([row.get(name, "") for name in names] for row in rows)]
-    with replacing(Path(args["out"]) / f"student_stage{run['stage']}.pt") as file:
-        torch.save(student, file)
-    with replacing(Path(args["out"]) / f"log_stage{run['stage']}.csv") as file:
-        file.write("".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    with replacing(Path(args["out"]) / f"stage{run['stage']}.pt") as file:
-        torch.save({**run, "step": step, "rows": rows, **parts}, file)
+def require_same_run(run, checkpoint, path):
+    """Raises InputError, naming the first difference, unless the checkpoint is of this run."""
+    advice = "give the same to go on, or another --out"
+    for key, value in run["args"].items():
+        before = checkpoint["args"].get(key)
+        if key not in CHANGEABLE and before != value:
+            option = f"--{key.replace('_', '-')} {before}, but this command has {value}"
+            raise InputError(f"{path} was made with {option}; {advice}")
+    for key in ("labeled", "unlabeled", "classes"):
+        require(checkpoint[key] == run[key], f"{path} was made with other {key}; {advice}")
 
 
-def start_process(args):
-    """Join torchrun's processes, if any, and settle --amp auto. Returns rank, number of processes, device."""
-    rank, local = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK"))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    require(world <= args.batch_size, f"--batch-size {args.batch_size} is too small for {world} processes")
-    gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
-    enough = gpus > local if gpus else args.device != "cuda"
-    require(enough, f"--device {args.device}: {gpus} GPUs for {local + 1} processes; use --device cpu")
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
-    if gpus:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True  # sizes are fixed in training
-    if args.amp == "auto":
-        native = gpus and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.amp = "off" if not gpus else "bfloat16" if native else "float16"
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return rank, world, device
+def save(run, dataset, step, rows, nets, optimizer, scaler, process):
+    """The first process writes the student alone, the log, and last the checkpoint.
 
-
-def run_script(name, parse_args, train):
-    """Parse, join the other processes, train. Exit code 2: one line says which input cannot be used."""
-    sys.stdout.reconfigure(errors="replace")  # a name that the terminal's encoding lacks
-    try:
-        args = parse_args()
-        train(args, *start_process(args))
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    Each file is whole at any moment; a kill between two of them leaves a student that is newer
+    than the checkpoint, until the next save. Ends the run instead of saving a number that is
+    not finite; raises OSError if a file cannot be written.
+    """
+    if process.rank > 0:
         return
-    except (InputError, WeightsError, OSError) as error:
-        line, code = one_line(error), 1 if isinstance(error, OSError) else 2
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
-            raise
-        line, code = "a loader process died: try fewer --workers, or a larger /dev/shm (docker --shm-size)", 1
-    except KeyboardInterrupt:
-        line, code = "interrupted; the same command goes on from the last checkpoint", 130
-    print(f"{name}: {line}", file=sys.stderr)
-    sys.exit(code)
+    require_finite(step, nets, optimizer)
+    args, stage, classes = run["args"], run["stage"], run["classes"]
+    folder = Path(args["out"])
+    student = {key: args[key] for key in ("backbone", "width", "size")}
+    student["network"] = nets["student" if stage == 2 else "main"].state_dict()
+    student["classes"] = classes
+    student["palette"] = dataset.palette[: len(classes)].tolist()
+    student["crop"] = dataset.crop
+    checkpoint = dict(run, step=step, rows=rows, networks=nets.state_dict())
+    checkpoint["optimizer"] = optimizer.state_dict()
+    checkpoint["scaler"] = scaler.state_dict()
+    with replacing(folder / f"student_stage{stage}.pt") as file:
+        torch.save(student, file)
+    with replacing(folder / f"log_stage{stage}.csv") as file:
+        file.write(csv_text(rows).encode())
+    with replacing(folder / f"stage{stage}.pt") as file:
+        torch.save(checkpoint, file)
+
+
+def require_finite(step, nets, optimizer):
+    """Ends the run if a weight, a statistic or a moment of AdamW is not finite."""
+    tensors = [value for value in nets.state_dict().values() if value.is_floating_point()]
+    for state in optimizer.state.values():
+        tensors += state.values()
+    if not torch.nn.utils.get_total_norm(tensors).isfinite():
+        sys.exit(f"a weight or moment is not finite after step {step}; a smaller --lr may help")
+
+
+def csv_text(rows):
+    """The log's rows, dictionaries of which each may lack some columns, as CSV."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def log_row(step, terms, weight, process):
+    """This process's {name: scalar tensor} -> numbers over the batch of all processes.
+
+    Ends the run if one of them is not finite.
+    """
+    values = torch.stack([value.detach() for value in terms.values()])
+    means = process.sum(weight * values) / process.world
+    row = {"step": step, **dict(zip(terms, means.tolist()))}
+    for name, value in row.items():
+        if not math.isfinite(value):
+            sys.exit(f"step {step}: {name} is {value}; a smaller --lr or --amp off may help")
+    return row
+
+
+def progress(batches, rows, start, steps, process):
+    """(step, batch) from start + 1 on, and what the terminal shows of the training.
+
+    It prints each row that the loop adds to `rows`, without the diagnosis, and on a terminal in
+    between a line that renews itself every second.
+    """
+    is_terminal = process.rank == 0 and sys.stdout.isatty()
+    clear_line = "\r\033[K" if is_terminal else ""
+    began = shown = time.monotonic()
+    for step, batch in enumerate(batches, start + 1):
+        yield step, batch
+        now = time.monotonic()
+        if rows and rows[-1]["step"] == step and process.rank == 0:
+            line = f"{clear_line}{step}/{steps}"
+            for name, value in rows[-1].items():
+                if name.startswith(("L_", "accepted", "mIoU")):
+                    line += f"  {name} {value:.3g}"
+            print(line, flush=True)
+            shown = now
+        elif is_terminal and now - shown > 1:
+            seconds = int((now - began) / (step - start) * (steps - step))
+            left = f"{seconds // 60}:{seconds % 60:02d} left"
+            print(f"{clear_line}{step}/{steps}  {left}", end="", flush=True)
+            shown = now
+
+
+# ---- Command line ----
+
+# Where nothing else is said, a value is the released code's.
+VOC = dict(
+    ratio="1/20",  # the smallest of Sec. 4.2
+    size=[512, 512],  # Sec. 4.2
+    batch_size=6,  # Sec. 4.2
+    pretrain_iters=18620,  # 70 times 266 steps
+    eln_iters=13300,  # 50 times 266 steps
+    lr=1e-4,  # Sec. 4.2
+    backbone="resnet50",  # Sec. 4.1
+    weights="imagenet",  # Sec. 4.1
+    eln_backbone="resnet34",  # Sec. 4.1
+    eln_weights="imagenet",  # Sec. 4.1
+    width=256,  # DeepLabv3+'s
+    workers=min(4, os.cpu_count()),  # ours
+    save_every=1000,  # ours: some minutes
+    eval_every=2660,  # ten times 266 steps
+)
+CITYSCAPES = dict(
+    VOC,
+    ratio="1/8",  # the smallest of Sec. 4.2
+    size=[512, 1024],  # Sec. 4.2
+    batch_size=4,  # Sec. 4.2
+    pretrain_iters=26600,  # 100 times 266 steps
+    eln_iters=15428,  # 58 times 266 steps
+)
+SHAPES = dict(  # ours: what two CPU cores do in two minutes
+    ratio="1/20",
+    size=[48, 48],
+    batch_size=8,
+    pretrain_iters=200,
+    eln_iters=50,
+    lr=1e-3,  # as the weights are random
+    backbone="resnet18",
+    weights="none",
+    eln_backbone="resnet18",
+    eln_weights="none",
+    width=64,
+    workers=0,
+    save_every=200,
+    eval_every=1000,
+)
+DEFAULTS = {"voc": VOC, "cityscapes": CITYSCAPES, "folder": VOC, "shapes": SHAPES}
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help shows a file's docstring as it stands, and every option's default."""
 
 
 def make_parser(doc):
-    """A parser with the options of both stages, whose --help shows the file's docstring and the defaults."""
-    both = argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter
-    formatter = type("Formatter", both, {})
-    parser = argparse.ArgumentParser(description=doc, formatter_class=formatter, allow_abbrev=False)
-    add, rate, seed = parser.add_argument, within(0, 1e9, float), within(0, 2**32 - 1)
-    add("--dataset", choices=DATASETS, default="shapes", help="in stage 1 it sets the other defaults")
+    """A parser with the options that both stages have."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=Help, allow_abbrev=False)
+    add = parser.add_argument
+    rate = within(0, 1e9, float)
+    seed = within(0, 2**32 - 1)
+    add("--dataset", choices=DATASETS, default="shapes", help="it sets the other defaults")
     add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
-    add("--split", type=seed, default=0, help="which seeded subset; the paper averages three (Table 1)")
-    add("--batch-size", type=within(1), help="images a step over all processes, of each kind (Sec. 4.2)")
+    add("--split", type=seed, default=0, help="which random subset; the paper has three")
+    add("--batch-size", type=within(1), help="images of each kind a step, over all processes")
     add("--lr", type=rate, help="learning rate of AdamW (Sec. 4.2)")
-    add("--backbone-lr", type=rate, help="of the encoders, if another than --lr (the released code: 1e-5)")
+    add("--backbone-lr", type=rate, help="of encoders, if not --lr (the released code: 1e-5)")
     add("--weight-decay", type=rate, default=1e-5, help="of AdamW (Sec. 4.2)")
     add("--seed", type=seed, default=0, help="of weights, order, augmentation and dropout")
-    add("--amp", choices=("auto", "off", "bfloat16", "float16"), default="auto",
-        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16")
+    add(
+        "--amp", choices=("auto", "off", "bfloat16", "float16"), default="auto",
+        help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16",
+    )
     add("--data", default="datasets", metavar="DIR", help="where the data set lies (README)")
-    add("--out", metavar="DIR", help="the run's folder; its default follows from the other options")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if there is one")
-    add("--workers", type=within(0), help="processes that load data, per kind of images and process")
+    add("--out", metavar="DIR", help="the run's folder; by default named after other options")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+    add("--workers", type=within(0), help="processes that load data, per kind of images")
     add("--save-every", type=within(1), metavar="STEPS", help="between checkpoints")
     add("--eval-every", type=within(1), metavar="STEPS", help="between validations")
-    add("--log-every", type=within(1), default=50, metavar="STEPS", help="between rows of the log")
+    add("--log-every", type=within(1), default=50, metavar="STEPS", help="between log rows")
     return parser
 
 
 def parse_args(argv=None):
-    """The command line of stage 1. It is parsed twice: the defaults follow from --dataset."""
+    """The command line of stage 1. It is parsed twice, as --dataset sets the defaults."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--labeled-list", metavar="FILE", help="ids of the labelled images, instead of --ratio and --split")
-    add("--unlabeled-list", metavar="FILE", help="ids of the unlabelled images, instead of all others")
+    first_weights = "imagenet, none, or a torchvision state dict (Sec. 4.1)"
+    add("--labeled-list", metavar="FILE", help="ids of labelled images, not --ratio, --split")
+    add("--unlabeled-list", metavar="FILE", help="ids of unlabelled images, not all others")
     add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
-    add("--weights", help="its first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
+    add("--weights", help=f"its first weights: {first_weights}")
     add("--eln-backbone", choices=BACKBONES, help="of ELN (Sec. 4.1)")
-    add("--eln-weights", help="ELN's first weights: imagenet, none, or a torchvision state dict (Sec. 4.1)")
-    add("--width", type=within(1), help="channels of ASPP and decoders; 256 in DeepLabv3+ (Sec. 4.1)")
-    add("--size", type=within(32), nargs=2, metavar=("H", "W"), help="of training images or crops (Sec. 4.2)")
-    add("--alphas", type=within(0, 1e9, float), nargs="*", default=[20.0, 50.0], help="one per D^k, Eq. (3)")
-    add("--corrector", choices=("eln", "ecn"), default="eln", help="ELN, or the s-ECN of Table 3 (Sec. 4.3)")
+    add("--eln-weights", help=f"ELN's first weights: {first_weights}")
+    add("--width", type=within(1), help="channels of ASPP and decoders (DeepLabv3+: 256)")
+    add("--size", type=within(32), nargs=2, metavar=("H", "W"), help="of views (Sec. 4.2)")
+    add(
+        "--alphas", type=within(0, 1e9, float), nargs="*", default=[20.0, 50.0],
+        help="one for each auxiliary decoder, Eq. (3); none: K = 0",
+    )
+    add("--corrector", choices=("eln", "ecn"), default="eln", help="ELN, or s-ECN (Sec. 4.3)")
     add("--pretrain-iters", type=within(0), metavar="STEPS", help="with L_sup alone (Sec. 3.1)")
-    add("--eln-iters", type=within(0), metavar="STEPS", help="with L_labeled, Eq. (7); 0: the baseline")
+    add("--eln-iters", type=within(0), metavar="STEPS", help="with Eq. (7); 0: the baseline")
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    defaults = DEFAULTS[given.dataset]
-    parser.set_defaults(**{key: value for key, value in defaults.items() if hasattr(given, key)})
+    parser.set_defaults(**DEFAULTS[given.dataset])
     args = parser.parse_args(argv)
-    require(args.pretrain_iters + args.eln_iters, "--pretrain-iters and --eln-iters are 0: nothing to train")
-    subset = Path(args.labeled_list).stem if args.labeled_list else f"{args.ratio}-{args.split}"
-    kind = "-supervised" if not args.eln_iters else "-ecn" if args.corrector == "ecn" else ""
-    args.out = args.out or f"runs/{args.dataset}-{subset.replace('/', '_')}{kind}"
+    steps = args.pretrain_iters + args.eln_iters
+    require(steps > 0, "--pretrain-iters and --eln-iters are 0: nothing to train")
+    args.out = args.out or default_folder(args)
     return args
+
+
+def default_folder(args):
+    """runs/shapes-1_20-0, with -ecn for the s-ECN and -supervised for L_sup alone."""
+    subset = f"{args.ratio.replace('/', '_')}-{args.split}"
+    if args.labeled_list:
+        subset = Path(args.labeled_list).stem
+    kind = "" if args.corrector == "eln" else "-ecn"
+    if args.eln_iters == 0:
+        kind = "-supervised"
+    return f"runs/{args.dataset}-{subset}{kind}"
+
+
+def run_script(name, parse_args, train):
+    """Parse, join the other processes, train. Input that cannot be used ends in one line."""
+    sys.stdout.reconfigure(errors="replace")  # for names that the terminal's encoding lacks
+    try:
+        args = parse_args()
+        train(args, start_process(args))
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return
+    except (InputError, WeightsError) as error:
+        line, code = one_line(error), 2
+    except OSError as error:
+        line, code = one_line(error), 1
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+            raise
+        remedy = "fewer --workers, or a larger /dev/shm (docker --shm-size)"
+        line, code = f"a loader process died: try {remedy}", 1
+    except KeyboardInterrupt:
+        line, code = "interrupted; the same command goes on from the last checkpoint", 130
+    print(f"{name}: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

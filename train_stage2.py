@@ -1,11 +1,12 @@
-"""Stage 2 (Sec. 3.2): semi-supervised training of the student, on pixels whose pseudo labels ELN believes.
+"""Stage 2 (Sec. 3.2): semi-supervised training on pixels whose pseudo labels ELN believes.
 
-    python train_stage2.py                                                   # after train_stage1.py
-    python train_stage2.py runs/voc-1_20-0 --filter threshold                # of that run; a rival of Table 3
+    python train_stage2.py                                         # after train_stage1.py
+    python train_stage2.py runs/voc-1_20-0 --filter threshold      # a rival of Table 3
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
-It begins with the networks of stage 1, whose options count where none are given (but --out, --device, --amp,
-and on `shapes` --lr). The teacher labels, ELN rejects, the student learns from perturbed and labelled images.
+It begins with the networks of stage 1. Options that are not given are stage 1's, but for
+--out, --device and --amp (on `shapes` --lr too). The teacher labels, ELN rejects, the student
+learns from labelled images and from perturbed unlabelled ones.
 """
 
 import copy
@@ -15,217 +16,362 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recomputed
 
-from data import load_dataset, make_loader, normalize, require, share_of_batch, within
-from eln import AuxiliaryNetworks, diagnosis, ecn_loss, eln_input
-from evaluate import fill, mean_iou, read_checkpoint, score
+from data import (
+    VOID, images_of_process, load_dataset, make_loader, require, require_disjoint, seed_step,
+    to_device, weight_of_process, within,
+)
+from eln import AuxiliaryNetworks, ecn_loss, eln_input
+from evaluate import diagnosis, load_state, read_checkpoint, validate
 from losses import (
-    auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss, supervised_loss,
-    unlabeled_loss,
+    auxiliary_loss, contrastive_loss, ema_update, eln_loss, labeled_loss, pseudo_label_loss,
+    supervised_loss, unlabeled_loss,
 )
 from model import DeepLabV3Plus
+from train_stage1 import DEFAULTS as STAGE1_DEFAULTS
 from train_stage1 import (
-    DEFAULTS, make_parser, numbers, open_run, prepare, progress, resume, run_script, same_statistics, save,
+    log_row, make_parser, open_run, prepare, progress, resume, run_script, same_statistics,
+    save,
 )
 
 
-def train(args, rank, world, device):
+def train(args, process):
     """Sec. 3.2: L_labeled on labelled images, L_unlabeled on those that the teacher labels."""
-    path = Path(args.run) / "stage1.pt"
-    stage1 = read_checkpoint(path, stage=1)
-    dataset = load_dataset(args.dataset, args.data)
-    lost = [key for key in stage1["labeled"] + stage1["unlabeled"] if key not in dataset.files]
-    require(not lost, f"{path} was made with images that --data {args.data} lacks: {' '.join(lost[:1])}")
-    same = stage1["classes"] == list(dataset.classes)
-    require(same, f"{path} was made with other classes than --data {args.data} has")
-    run = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], rank)
-    C, with_eln = len(dataset.classes), args.filter in ("eln", "ecn")  # the other filters need no ELN
-    torch.manual_seed(args.seed)
-    nets = nn.ModuleDict({"main": DeepLabV3Plus(C, args.backbone, "none", args.width)})  # the student E, D
-    fill(nets.main, stage1["networks"], path, "main.")
-    if with_eln:
-        nets["auxiliary"] = AuxiliaryNetworks(C, nets.main.encoder, args)  # D^k, ELN
-        fill(nets.auxiliary, stage1["networks"], path, "auxiliary.")
-    del stage1
-    nets["teacher"] = copy.deepcopy(nets.main).requires_grad_(False)
-    main, auxiliary, optimizer, scaler, autocast = prepare(nets, args, world, device)
-    start, rows = resume(run, args.iters, nets, optimizer, scaler, rank)
-    student, teacher = nets.main, nets.teacher
-    eln = nets.auxiliary.eln if with_eln else None
-    mine = share_of_batch(args.batch_size, rank, world)
-    share = world * (mine.stop - mine.start) / args.batch_size  # DDP averages: weigh each by its images
+    dataset, stage1 = load_stage1(args)
+
+    # Networks: the student goes on where stage 1 ended, the teacher begins as its copy. The
+    # teacher stays in eval mode: fixed BatchNorm statistics, no dropout. The others stay in
+    # train mode, but for ELN while it judges the teacher's labels, and for what is scored.
+    nets = make_networks(args, stage1)
+    run, lock = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], process)
+    student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)
+    nets.train()
+    teacher = nets["teacher"].eval()
+    eln = nets["auxiliary"].eln if auxiliary is not None else None
+
+    # The variants of Tables 3 and 6. A weight of 0 keeps Proj in the graph, as DDP needs it.
     eln_or_ecn_loss = {"eln": eln_loss, "ecn": ecn_loss}[args.corrector]
-    contrast = contrastive_loss if args.contrast_pixels else contrastive_loss_in_parts
-    size, n, place = args.size, args.batch_size, (start, args.iters, rank, world, args.workers)
-    labeled = make_loader(dataset, run["labeled"], size, True, n, (args.seed, 2, 0), *place)
-    unlabeled = make_loader(dataset, run["unlabeled"], size, False, n, (args.seed, 2, 1), *place)
-    batches = zip(labeled, unlabeled)
+    contrast = contrastive_loss if args.contrast_pixels > 0 else contrastive_loss_in_parts
+    w_pseudo = 1.0 if "pseudo" in args.losses else 0.0
+    w_contra = 1.0 if "contra" in args.losses else 0.0
 
-    for step, ((image, label), views) in progress(batches, rows, start, args.iters, rank):
-        torch.manual_seed(hash((args.seed, 2, step, rank)))  # dropout, the same when resumed
-        image, image_u, image_a = (normalize(x.to(device, non_blocking=True)) for x in (image, *views))
-        label = label.to(device, non_blocking=True).long()
-        nets.eval()  # teacher and ELN label with fixed statistics, before they learn from this step
+    start, rows = resume(run, args.iters, nets, optimizer, scaler, process)
+    batches = make_batches(dataset, run, start, args, process)
+    weight = weight_of_process(args.batch_size, process)
+
+    for step, (batch, batch_u) in progress(batches, rows, start, args.iters, process):
+        seed_step(args.seed, 2, step, process)
+        image, label = to_device(batch, process.device)  # X, Y
+        image_u, image_a = to_device(batch_u, process.device)  # X and A.X, unlabelled
+
+        # 1. The teacher labels X, and ELN says which of these labels to believe.
         with autocast:
-            pseudo_label, valid, feature_t = make_pseudo_labels(teacher, eln, image_u, args)  # Y^, V, f~
-        nets.train()
+            pseudo_label, valid, feature_t = make_pseudo_labels(teacher, eln, image_u, args)
+
+        # 2. Labelled images. The gradients of this backward pass and of the next one add up, so
+        #    that together they are those of L_labeled + L_unlabeled. This needs less memory, as
+        #    the first graph is freed before the second one is built.
         optimizer.zero_grad()
-
-        # A backward pass frees its graph before the next is built; main's second one averages both by DDP.
-        with main.no_sync() if world > 1 else nullcontext():
+        with autocast, not_averaged_yet(student, process):
+            logits, _, encoded = student(image)  # D(E(X)): P before its softmax
+        L_sup = supervised_loss(logits, label)  # Eq. (2)
+        L_aux = torch.zeros_like(L_sup)
+        L_eln = torch.zeros_like(L_sup)
+        if eln is not None:
             with autocast:
-                logits, _, encoded = main(image)  # D(E(X)): P before its softmax
-            L_sup = supervised_loss(logits, label)  # Eq. (2)
-            L_aux = L_eln = torch.zeros_like(L_sup)
-            if with_eln:
-                with autocast:
-                    aux_logits, valid_logits = auxiliary(image, logits, *encoded)  # P^k, B^k
-                L_aux = auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
-                L_eln = eln_or_ecn_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
-            L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
-            scaler.scale(share * L_labeled).backward()
+                aux_logits, valid_logits = auxiliary(image, logits, *encoded)  # P^k, B^k
+            L_aux = auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
+            L_eln = eln_or_ecn_loss(valid_logits, [logits, *aux_logits], label)  # Eq. (6)
+        L_labeled = labeled_loss(L_sup, L_aux, L_eln)  # Eq. (7)
+        scaler.scale(weight * L_labeled).backward()
 
+        # 3. Unlabelled images. The student sees A.X and learns from the labels in V.
         with autocast:
-            logits_a, feature_s, _ = main(image_a, embed=True)  # P^a, f
-        L_pseudo = ("pseudo" in args.losses) * pseudo_label_loss(logits_a, pseudo_label, valid)  # Eq. (9)
-        *pixels, share_V = pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, rank, world)
-        L_contra = ("contra" in args.losses) * share_V * contrast(*pixels, args.tau)  # Eq. (10)
+            logits_a, feature_s, _ = student(image_a, embed=True)  # P^a, f
+        L_pseudo = w_pseudo * pseudo_label_loss(logits_a, pseudo_label, valid)  # Eq. (9)
+        f, f_teacher, y, y_key, share_V = pixels_of_V(
+            feature_s, feature_t, pseudo_label, valid, args, step, process
+        )
+        L_contra = w_contra * share_V * contrast(f, f_teacher, y, y_key, args.tau)  # Eq. (10)
         L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
-        scaler.scale(share * L_unlabeled).backward()
+        scaler.scale(weight * L_unlabeled).backward()
+
+        # 4. One step of AdamW for student, D^k and ELN. Then the teacher follows the student.
         scaler.step(optimizer)
         scaler.update()
-        same_statistics(nets, world, device)
-        ema_update(teacher, student, args.beta)  # Eq. (8)
+        same_statistics(nets, process)
+        ema_update(teacher, nets["student"], args.beta)  # Eq. (8)
 
-        scored = step % args.eval_every == 0 or step == args.iters
-        if step % args.log_every == 0 or scored:
-            row = dict(L_sup=L_sup, L_aux=L_aux, L_eln=L_eln, L_pseudo=L_pseudo, L_contra=L_contra)
-            row = numbers(step, {**row, "accepted": valid.float().mean()}, share, world)
-            if with_eln:
-                row.update(diagnosis(logits, aux_logits, valid_logits, label, world))
-            if scored:
-                for name, network in (("mIoU", student), ("mIoU_teacher", teacher)):
-                    matrices = score(network, dataset, args.size, device, rank, world, args.workers)
-                    row[name] = mean_iou(matrices["resized"])
+        # Log, validate, save.
+        is_scored = step % args.eval_every == 0 or step == args.iters
+        if is_scored or step % args.log_every == 0:
+            terms = dict(L_sup=L_sup, L_aux=L_aux, L_eln=L_eln, L_pseudo=L_pseudo)
+            terms.update(L_contra=L_contra, accepted=valid.float().mean())
+            row = log_row(step, terms, weight, process)
+            if eln is not None:
+                row.update(diagnosis(logits, aux_logits, valid_logits, label, process))
+            if is_scored:
+                row["mIoU"] = validate(nets["student"], dataset, args, process)
+                row["mIoU_teacher"] = validate(teacher, dataset, args, process)
             rows.append(row)
-        if rank == 0 and (step % args.save_every == 0 or step == args.iters):
-            save(run, dataset, step, rows, nets, optimizer, scaler)
+        if step % args.save_every == 0 or step == args.iters:
+            save(run, dataset, step, rows, nets, optimizer, scaler, process)
 
 
 @torch.no_grad()
 def make_pseudo_labels(teacher, eln, image_u, args):
-    """The teacher labels unlabelled images X (B, 3, H, W), and a filter says which labels count, V.
+    """The teacher labels unlabelled images, and a filter says which labels count.
 
-    eln   ELN or the s-ECN; None where the filter needs none. Networks are in eval mode.
-    args  filter: "eln", or a rival of Table 3: "ecn" (its corrections become Y^), "threshold", "none"
-    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~); feature_t (B, D, h, w), f~.
+    teacher  in eval mode, as always
+    eln      ELN or the s-ECN; None for the filters "threshold" and "none"
+    image_u  (B, 3, H, W) float: X
+    args     filter: "eln"; a rival of Table 3, "ecn" (its corrections become Y^) or "threshold"
+             (on the softmax, above args.threshold); or ours, "none" (all labels count)
+    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~), which is true for
+    the pixels of V; feature_t (B, D, h, w), f~.
     """
     logits, feature_t, _ = teacher(image_u, embed=True)  # P~
     pseudo_label = logits.argmax(dim=1)
     valid = torch.ones_like(pseudo_label, dtype=torch.bool)
     if args.filter == "eln":
-        valid = eln(eln_input(image_u, logits)) > 0  # a sigmoid above 0.5, which rounds to 1
+        valid = judge(eln, image_u, logits) > 0  # a sigmoid above 0.5, which rounds to 1
     elif args.filter == "ecn":
-        pseudo_label = eln(eln_input(image_u, logits)).argmax(dim=1)
+        pseudo_label = judge(eln, image_u, logits).argmax(dim=1)
     elif args.filter == "threshold":
         valid = logits.softmax(dim=1).amax(dim=1) > args.threshold
     return pseudo_label, valid, feature_t
 
 
-def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, rank, world):
-    """What Eq. (10) takes: --contrast-pixels of V (0: all) at random, the same however the batch is split.
+def judge(eln, image_u, logits):
+    """ELN's (or the s-ECN's) output, in eval mode; afterwards it goes on in train mode."""
+    eln.eval()
+    output = eln(eln_input(image_u, logits))
+    eln.train()
+    return output
 
-    feature_s, feature_t (b, D, h, w) of this process's b images; pseudo_label, valid (b, H, W)
-    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), 255 = not drawn,
-    and share_V: this process's part of the anchors over its part of the images (of one process 1)."""
+
+def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
+    """Draw the pixels that Eq. (10) compares: --contrast-pixels of V at random, or with 0 all.
+
+    Anchors and keys are the same pixels. The draw is the same however the batch is split; each
+    process has the anchors of its own images, and all keys.
+
+    feature_s, feature_t  (b, D, h, w): f and f~ of this process's b images
+    pseudo_label, valid   (b, H, W)
+    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), and share_V:
+    this process's share of the anchors over its share of the images (of one process 1).
+    """
     h, w = feature_s.shape[2:]
-    label = pseudo_label.masked_fill(~valid, 255).float()[:, None]
-    label = F.interpolate(label, size=(h, w), mode="nearest-exact").long().flatten()  # (b h w,)
-    mine, B = share_of_batch(args.batch_size, rank, world), args.batch_size
-    number = args.contrast_pixels or B * h * w
-    lot = np.random.default_rng([args.seed, 2, 3, step]).permutation(B * h * w).reshape(B, h * w)[mine]
-    lot = torch.from_numpy(lot).to(label.device, non_blocking=True).flatten()  # its place in a queue for each
-    lot = lot.masked_fill(label == 255, B * h * w)  # V first
-    rows = min(number, -(-B // world) * h * w)  # of each process, at most
-    lot, place = lot.topk(min(rows, len(lot)), largest=False)
-    lots = gather(lot, rows, B * h * w, world)
-    last = lots.topk(min(number, len(lots)), largest=False).values[-1]
-    label = label[place].masked_fill(lot > last, 255)
-    f, f_teacher = (x.permute(0, 2, 3, 1).flatten(0, 2)[place] for x in (feature_s, feature_t))
-    labels = gather(label, rows, 255, world)
-    part_of_V = (label != 255).sum() / (labels != 255).sum().clamp(min=1)
-    share_V = part_of_V * B / (mine.stop - mine.start)
-    return f, gather(f_teacher, rows, 0, world), label, labels, share_V
+    own_images = images_of_process(args.batch_size, process)
+
+    # 1. The labels at stride 4, void where a pixel is not in V.
+    own_label = pseudo_label.masked_fill(~valid, VOID).float()[:, None]
+    own_label = F.interpolate(own_label, size=(h, w), mode="nearest-exact").long().flatten()
+
+    # 2. The pixels of the whole batch are numbered, image by image; this process has the
+    #    numbers first .. end-1. All processes learn all labels.
+    first = int(own_images[0]) * h * w
+    end = first + len(own_label)
+    own_numbers = torch.arange(first, end, device=own_label.device)
+    label = gather(own_label, own_numbers, args.batch_size * h * w, process)  # (B h w,)
+
+    # 3. All processes put the numbers into the same random order, and draw the first ones in V.
+    order = np.random.default_rng([args.seed, 2, 3, step]).permutation(len(label))  # 3: pixels
+    order = torch.from_numpy(order).to(label.device)
+    drawn = order[label[order] != VOID]
+    if args.contrast_pixels > 0:
+        drawn = drawn[: args.contrast_pixels]  # (m,)
+
+    # 4. Each process looks up the features of its own pixels; the teacher's are put together.
+    is_own = (drawn >= first) & (drawn < end)  # (m,) bool
+    own = drawn[is_own] - first  # (n,)
+    f = pixel_rows(feature_s)[own]
+    f_teacher = pixel_rows(feature_t)[own]
+    f_teacher = gather(f_teacher, is_own.nonzero().squeeze(1), len(drawn), process)
+    share_of_V = len(own) / max(len(drawn), 1)
+    share_of_images = len(own_images) / args.batch_size
+    return f, f_teacher, own_label[own], label[drawn], share_of_V / share_of_images
 
 
-def gather(tensor, rows, pad, world):
-    """(n, ...) of each process, filled up to `rows` with pad -> (world * rows, ...) of all. No gradient."""
-    padded = tensor.new_full((rows, *tensor.shape[1:]), pad)
-    padded[: len(tensor)] = tensor
-    if world == 1:
-        return padded
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat(parts)
+def pixel_rows(feature):
+    """(b, D, h, w) -> (b h w, D)."""
+    return feature.permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def contrastive_loss_in_parts(anchor, key, anchor_label, key_label, tau, rows=256):
-    """Eq. (10) for `rows` anchors at a time, computed again in the backward pass: bounds its memory."""
-    V = (anchor_label != 255).sum().clamp(min=1)
-    loss = 0
-    for part in anchor_label.argsort().split(rows):  # a part then has few classes
-        pixels = anchor[part], key, anchor_label[part], key_label
-        mean = checkpoint(contrastive_loss, *pixels, tau, use_reentrant=False, preserve_rng_state=False)
-        loss = loss + mean * (anchor_label[part] != 255).sum() / V
+def gather(part, places, size, process):
+    """What each process has at its `places` -> the whole, (size, ...), in all. No gradient."""
+    whole = part.new_zeros(size, *part.shape[1:])
+    whole[places] = part.detach()
+    return process.sum(whole)  # at the others' places this process has zeros
+
+
+def contrastive_loss_in_parts(anchor, key, anchor_label, key_label, tau, size=256):
+    """Eq. (10) for `size` anchors at a time, which are computed again in the backward pass.
+
+    This bounds the memory. Arguments as of contrastive_loss.
+    """
+    n_anchors = (anchor_label != VOID).sum().clamp(min=1)  # |V|
+    loss = 0 * anchor.sum()
+    for part in anchor_label.argsort().split(size):  # sorted, so that a part has few classes
+        label = anchor_label[part]
+        mean = recomputed(
+            contrastive_loss, anchor[part], key, label, key_label, tau,
+            use_reentrant=False, preserve_rng_state=False,
+        )
+        loss = loss + mean * (label != VOID).sum() / n_anchors
     return loss
 
 
+def not_averaged_yet(network, process):
+    """After a forward pass within it, DistributedDataParallel does not average the gradients.
+
+    It does so after the next pass, for the sum of both.
+    """
+    return network.no_sync() if process.world > 1 else nullcontext()
+
+
+# ---- What stage 1 left ----
+
+
+def load_stage1(args):
+    """The data set and stage 1's checkpoint, which must belong together. Raises InputError."""
+    path = Path(args.run, "stage1.pt")
+    stage1 = read_checkpoint(path, stage=1)
+    dataset = load_dataset(args.dataset, args.data)
+    for key in stage1["labeled"] + stage1["unlabeled"]:
+        is_there = key in dataset.files
+        require(is_there, f"{path} was made with images that --data {args.data} lacks: {key}")
+    require_disjoint(stage1["labeled"], stage1["unlabeled"], dataset.val)
+    same_classes = stage1["classes"] == list(dataset.classes)
+    require(same_classes, f"{path} was made with other classes than --data {args.data} has")
+    return dataset, stage1
+
+
+def make_networks(args, stage1):
+    """Student, teacher and, where the filter needs them, auxiliary decoders and ELN."""
+    path = Path(args.run, "stage1.pt")
+    num_classes = len(stage1["classes"])
+    nets = nn.ModuleDict()
+    nets["student"] = DeepLabV3Plus(num_classes, args.backbone, "none", args.width)
+    load_state(nets["student"], stage1["networks"], path, prefix="main.")
+    if args.filter in ("eln", "ecn"):
+        nets["auxiliary"] = AuxiliaryNetworks(num_classes, nets["student"].encoder, args)
+        load_state(nets["auxiliary"], stage1["networks"], path, prefix="auxiliary.")
+    nets["teacher"] = copy.deepcopy(nets["student"]).requires_grad_(False)
+    return nets
+
+
+def make_batches(dataset, run, start, args, process):
+    """((image, label), (image_u, image_a)) of each step from start + 1 on."""
+    common = dict(size=args.size, batch_size=args.batch_size, workers=args.workers)
+    common.update(start=start, stop=args.iters, process=process)
+    stream, stream_u = (args.seed, 2, 0), (args.seed, 2, 1)  # stage 2, the kind of images
+    labeled = make_loader(dataset, run["labeled"], labeled=True, stream=stream, **common)
+    unlabeled = make_loader(dataset, run["unlabeled"], labeled=False, stream=stream_u, **common)
+    return zip(labeled, unlabeled)
+
+
+# ---- Command line ----
+
+VOC = dict(
+    iters=101080,  # 380 times the released code's 266 steps
+    beta=0.995,  # Sec. 4.2
+    contrast_pixels=4096,  # ours: cheap on a CPU, and fits a GPU of 11 GB
+)
+DEFAULTS = {
+    "voc": VOC,
+    "folder": VOC,
+    "cityscapes": dict(VOC, iters=90972),  # 342 times 266 steps
+    "shapes": dict(
+        iters=120,  # ours: what two CPU cores do in three minutes
+        beta=0.95,  # in few steps the teacher must follow sooner
+        contrast_pixels=1024,
+        lr=3e-4,  # less than stage 1's, so that the student swings less
+    ),
+}
+
+
 def parse_args(argv=None):
-    """The command line of stage 2. It is parsed twice: most defaults are the options of stage 1."""
+    """The command line of stage 2. It is parsed twice, as stage 1's options are defaults."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("run", nargs="?", metavar="RUN", help="stage 1's folder; else --out, or --dataset --ratio --split")
+    add("run", nargs="?", metavar="RUN", help="stage 1's folder; else --out, or stage 1's")
     add("--iters", type=within(1), metavar="STEPS", help="of training")
-    add("--beta", type=within(0, 1, float), help="share of the teacher in Eq. (8) (Sec. 4.2)")
-    add("--tau", type=within(1e-3, kind=float), default=0.5, help="temperature, Eq. (10) (Sec. 4.2)")
-    add("--contrast-pixels", type=within(0), metavar="N", help="of a batch in Eq. (10); 0: every valid one")
-    add("--filter", choices=("eln", "threshold", "ecn", "none"),
-        help="which pseudo labels count (Table 3): those that ELN accepts; those of a confidence above "
-        "--threshold; all of the s-ECN's corrections; all. By default what stage 1 trained")
-    add("--threshold", type=within(0, 1, float), default=0.9, help="on the softmax, for --filter threshold")
-    add("--losses", nargs="+", choices=("pseudo", "contra"), help="Table 6; both, but pseudo for threshold")
+    add("--beta", type=within(0, 1, float), help="the teacher's share in Eq. (8) (Sec. 4.2)")
+    add("--tau", type=within(1e-3, kind=float), default=0.5, help="of Eq. (10) (Sec. 4.2)")
+    add("--contrast-pixels", type=within(0), metavar="N", help="of Eq. (10); 0: all of V")
+    add(
+        "--filter", choices=("eln", "threshold", "ecn", "none"),
+        help="which pseudo labels count (Table 3): those that ELN accepts; those of a "
+        "confidence above --threshold; all of the s-ECN's; or, ours, all of the teacher's. By "
+        "default what stage 1 trained",
+    )
+    add("--threshold", type=within(0, 1, float), default=0.9, help="for --filter threshold")
+    add(
+        "--losses", nargs="+", choices=("pseudo", "contra"),
+        help="of Table 6; by default both, with --filter threshold pseudo alone",
+    )
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    ratio = given.ratio or DEFAULTS[given.dataset]["ratio"]
-    found = f"runs/{given.dataset}-{ratio.replace('/', '_')}-{given.split}"
-    folder = Path(given.run or given.out or found)
-    path = folder / "stage1.pt"
-    stage1 = read_checkpoint(path, stage=1) if path.exists() else {"args": {}}
-    known = {key: value for key, value in stage1["args"].items() if key not in ("out", "device", "amp")}
-    defaults = DEFAULTS[known.get("dataset", given.dataset)]
-    parser.set_defaults(**{key: value for key, value in defaults.items() if hasattr(given, key)})
-    rate = defaults.get("lr_stage2", known.get("lr", defaults["lr"]))
-    parser.set_defaults(**{**known, "weights": "none", "eln_weights": "none", "lr": rate})
+    path = Path(stage1_folder(given), "stage1.pt")
+    stage1 = read_checkpoint(path, stage=1) if path.exists() else None
+    parser.set_defaults(**stage1_options(stage1, given.dataset))
     args = parser.parse_args(argv)
-    require(known, f"{path} does not exist: run train_stage1.py first, or name its folder")
-    for key in ("dataset", "ratio", "split"):
-        asked = getattr(args, key)
-        require(asked == known[key], f"--{key} {asked}, but {path} was made with {known[key]}")
-    finished = stage1["step"] == args.pretrain_iters + args.eln_iters
-    require(finished, f"{path} is unfinished (step {stage1['step']}): let train_stage1.py end")
-    require(stage1["unlabeled"], f"every training image of {path} is labelled: nothing is left for stage 2")
+    advice = "run train_stage1.py first, or name its folder"
+    require(stage1 is not None, f"{path} does not exist: {advice}")
+    args.run = str(path.parent)
     args.filter = args.filter or args.corrector
-    trained = args.filter not in ("eln", "ecn") or args.filter == args.corrector and args.eln_iters
-    require(trained, f"--filter {args.filter} needs a stage 1 that trained it; {path} has none")
     usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
     args.losses = sorted(set(args.losses or usual))
-    variant = [args.filter] * (args.filter != args.corrector) + args.losses * (args.losses != usual)
-    args.run, args.out = str(folder), args.out or "-".join([str(folder), *variant])
+    require_usable(stage1, args, path)
+    if args.out is None:
+        args.out = args.run
+        if args.filter != args.corrector:
+            args.out += f"-{args.filter}"
+        if args.losses != usual:
+            args.out += f"-{'-'.join(args.losses)}"
     return args
+
+
+def stage1_folder(given):
+    """The folder that the command line names, or else stage 1's default for these options."""
+    ratio = given.ratio or STAGE1_DEFAULTS[given.dataset]["ratio"]
+    default = f"runs/{given.dataset}-{ratio.replace('/', '_')}-{given.split}"
+    return given.run or given.out or default
+
+
+def stage1_options(stage1, dataset):
+    """The defaults of stage 2: stage 1's options, and above all what DEFAULTS says."""
+    options = dict(STAGE1_DEFAULTS[dataset])
+    if stage1 is not None:
+        options = dict(stage1["args"])
+        for key in ("out", "device", "amp"):
+            del options[key]
+    options.update(DEFAULTS[options.get("dataset", dataset)])
+    options.update(weights="none", eln_weights="none")  # stage 1's networks have them
+    return options
+
+
+def require_usable(stage1, args, path):
+    """Raises InputError if stage 2 cannot start from this stage 1 with these options."""
+    before = stage1["args"]
+    for key in ("dataset", "ratio", "split"):
+        asked = getattr(args, key)
+        same = asked == before[key]
+        require(same, f"--{key} {asked}, but {path} was made with {before[key]}")
+    step = stage1["step"]
+    steps = before["pretrain_iters"] + before["eln_iters"]
+    require(step == steps, f"{path} is unfinished (step {step}): let train_stage1.py end")
+    left = "nothing is left for stage 2"
+    require(stage1["unlabeled"], f"every training image of {path} is labelled: {left}")
+    is_trained = args.filter == args.corrector and args.eln_iters > 0
+    require(
+        is_trained or args.filter in ("threshold", "none"),
+        f"--filter {args.filter} needs a stage 1 that trained it; {path} has none",
+    )
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import losses  # noqa: E402
 import train_stage1  # noqa: E402
 import train_stage2  # noqa: E402
+from data import VOID, Process  # noqa: E402
 from eln import AuxiliaryNetworks, eln_input  # noqa: E402
 from model import DeepLabV3Plus  # noqa: E402
 
@@ -97,17 +98,18 @@ def make_networks(args, real=True):
     """Student, teacher, decoders and ELN; an optimizer that has its moments; a batch; args."""
     torch.manual_seed(0)
     with torch.device(args.device):
-        main, teacher = (DeepLabV3Plus(args.classes, args.backbone, "none", args.width) for _ in range(2))
-        auxiliary = AuxiliaryNetworks(args.classes, main.encoder, args)
-        nets = torch.nn.ModuleDict({"main": main, "teacher": teacher, "auxiliary": auxiliary})
+        student, teacher = (DeepLabV3Plus(args.classes, args.backbone, "none", args.width) for _ in range(2))
+        auxiliary = AuxiliaryNetworks(args.classes, student.encoder, args)
+        nets = torch.nn.ModuleDict({"student": student, "teacher": teacher, "auxiliary": auxiliary})
         images = [torch.randn(args.batch_size, 3, *args.size) for _ in range(3)]
         label = torch.randint(args.classes, (args.batch_size, *args.size))
     if real and args.device != "cpu":  # as in the scripts; tensors without memory refuse it
         nets.to(memory_format=torch.channels_last)
-    teacher.requires_grad_(False)
-    for p in (*main.parameters(), *auxiliary.parameters()):
+    teacher.requires_grad_(False).eval()
+    learning = [*student.parameters(), *auxiliary.parameters()]
+    for p in learning:
         p.grad = torch.zeros_like(p)
-    optimizer = torch.optim.AdamW([*main.parameters(), *auxiliary.parameters()], lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)
     optimizer.step()  # gives it its moments
     return nets, optimizer, images, label, args
 
@@ -115,33 +117,34 @@ def make_networks(args, real=True):
 def our_step(nets, optimizer, images, label, args, kind="stage 2", passes=2, contrast=True):
     """A step as the scripts do it. passes=3: L_sup has a backward pass of its own."""
     image, image_u, image_a = images
+    student = nets["student"]
     if kind == "stage 2":
-        nets.eval()
+        teacher, auxiliary = nets["teacher"], nets["auxiliary"]
         with args.autocast:
-            labels = train_stage2.make_pseudo_labels(nets.teacher, nets.auxiliary.eln, image_u, args)
-    nets.train()
+            labels = train_stage2.make_pseudo_labels(teacher, auxiliary.eln, image_u, args)
     optimizer.zero_grad()
     with args.autocast:
-        logits, _, encoded = nets.main(image)
+        logits, _, encoded = student(image)
     loss = losses.supervised_loss(logits, label)
     if kind != "pre-training":
         if passes == 3:
             loss = loss.backward() or 0
         with args.autocast:
-            aux_logits, valid_logits = nets.auxiliary(image, logits, *encoded)
+            aux_logits, valid_logits = nets["auxiliary"](image, logits, *encoded)
         loss = loss + losses.auxiliary_loss(aux_logits, logits, label, args.alphas)
         loss = loss + losses.eln_loss(valid_logits, [logits, *aux_logits], label)
     loss.backward()
     if kind == "stage 2":
         pseudo_label, valid, f_t = labels
         with args.autocast:
-            logits, f, _ = nets.main(image_a, embed=True)
+            logits, f, _ = student(image_a, embed=True)
         loss = losses.pseudo_label_loss(logits, pseudo_label, valid) + 0 * f.sum()
         if contrast:
-            *pixels, _ = train_stage2.pixels_of_V(f, f_t, pseudo_label, valid, args, 1, 0, 1)
+            process = Process(device=torch.device(args.device))
+            *pixels, _ = train_stage2.pixels_of_V(f, f_t, pseudo_label, valid, args, 1, process)
             loss = loss + losses.contrastive_loss(*pixels)
         loss.backward()
-        losses.ema_update(nets.teacher, nets.main)
+        losses.ema_update(teacher, student)
     optimizer.step()
 
 
@@ -149,11 +152,12 @@ def released_step(nets, optimizer, images, label, args):
     """A stage 2 step as the released code is built. Facts: the student's encoder runs five times, ELN once
     for each of four predictions; the teacher is in train mode; pseudo labels and mask are of stride 4;
     both views learn. Guesses: two of the five are for the auxiliary decoders; one backward pass for all."""
-    (image, image_u, image_a), student, auxiliary = images, nets.train().main, nets.auxiliary
+    (image, image_u, image_a), student, auxiliary = images, nets["student"], nets["auxiliary"]
+    teacher = nets["teacher"].train()
     optimizer.zero_grad()
     with args.autocast:
         with torch.no_grad():
-            logits_t, feature_t, (low, _) = nets.teacher(image_u, embed=True)
+            logits_t, feature_t, (low, _) = teacher(image_u, embed=True)
             B_u = auxiliary.eln(eln_input(image_u, logits_t))
             again = [student.encoder(image) for _ in args.alphas]
         predictions = [student(image)[0]]
@@ -166,10 +170,10 @@ def released_step(nets, optimizer, images, label, args):
     loss = loss + losses.auxiliary_loss(predictions[1:], predictions[0], label, args.alphas)
     for logits, feature in views:
         loss = loss + losses.pseudo_label_loss(logits, pseudo_label, valid)
-        loss = loss + contrast_of_crops(feature, feature_t, pseudo_label.masked_fill(~valid, 255))
+        loss = loss + contrast_of_crops(feature, feature_t, pseudo_label.masked_fill(~valid, VOID))
     loss.backward()
     optimizer.step()
-    for average, weight in zip(nets.teacher.parameters(), student.parameters()):
+    for average, weight in zip(teacher.parameters(), student.parameters()):
         average.mul_(0.995).add_(weight.detach(), alpha=0.005)
 
 
@@ -180,9 +184,9 @@ def contrast_of_crops(feature, feature_t, label):
     for _ in range(8):
         b, i, j = (int(torch.randint(end, ())) for end in (B, h - n + 1, w - n + 1))
         Y, f, f_t = (x[b, ..., i : i + n, j : j + n].flatten(-2) for x in (label, feature, feature_t))
-        for c in Y[Y != 255].unique():
+        for c in Y[Y != VOID].unique():
             d = (normalize(f_t[:, Y == c].float(), dim=0).T @ normalize(f.float(), dim=0) / 0.5).exp()
-            total = total - (d[:, Y == c].sum() / d[:, Y != 255].sum()).log() / (Y == c).sum() / 8
+            total = total - (d[:, Y == c].sum() / d[:, Y != VOID].sum()).log() / (Y == c).sum() / 8
     return total
 
 
@@ -193,7 +197,7 @@ def torchvision_seconds(args, images):
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
     image = torch.randn(images, 3, *args.size, device=args.device)
     batch = [image] * 3, torch.zeros_like(image[:, 0], dtype=torch.long), args, "pre-training"
-    return measured(args, lambda: our_step(torch.nn.ModuleDict({"main": network}), optimizer, *batch))[0]
+    return measured(args, lambda: our_step(torch.nn.ModuleDict({"student": network}), optimizer, *batch))[0]
 
 
 def steps(args):
@@ -213,7 +217,7 @@ def steps(args):
             options += ["--log-every", 10**6, "--eval-every", 10**6, "--save-every", 10**6]
             options, progress = module.parse_args([*map(str, options)]), module.progress
             with mock.patch.object(module, "progress", lambda b, *rest: progress(timed(b), *rest)):
-                module.train(options, *train_stage1.start_process(options))
+                module.train(options, train_stage1.start_process(options))
     shapes = (args.batch_size, args.width, *(n // 4 for n in args.size)), (args.width, args.width, 3, 3)
     x, weight = (torch.randn(shape, device=args.device, dtype=args.dtype) for shape in shapes)
     x, weight = (y.to(memory_format=torch.channels_last).requires_grad_() for y in (x, weight))

@@ -18,11 +18,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # results of CPUs are compared, also wh
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import torchvision  # noqa: E402
 from PIL import Image  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the scripts of this folder; pytest finds the root by itself
-from evaluate import FREE  # noqa: E402
+from data import load_shapes  # noqa: E402
+from evaluate import CHANGEABLE  # noqa: E402
+from small_networks import small_resnet  # noqa: E402
 
 NO_WEIGHTS = "--backbone resnet18 --weights none --eln-backbone resnet18 --eln-weights none".split()
 TINY = "--size 48 48 --width 8 --batch-size 2 --log-every 1 --workers 0 --device cpu".split()
@@ -58,6 +61,20 @@ def make_folder(root):
 @pytest.fixture(scope="session")
 def write_folder():
     return make_folder
+
+
+@pytest.fixture(scope="module")
+def small_networks():
+    """All ResNets made in this process are small."""
+    with mock.patch.object(torchvision.models, "get_model", small_resnet):
+        yield
+
+
+def load_few_shapes(data):
+    """A tenth of the scenes of `shapes`."""
+    dataset = load_shapes(data)
+    del dataset.train[40:], dataset.val[20:]
+    return dataset
 
 
 @pytest.fixture(scope="session")
@@ -120,13 +137,13 @@ def leaves(value, name=""):
 
 
 def same_run(run, other, stage):
-    """Both folders hold the same checkpoint, student and log, byte by byte, but for FREE options."""
+    """Both folders hold the same checkpoint, student and log, byte by byte, but for CHANGEABLE options."""
     for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
         one, two = (dict(leaves(load(folder / name))) for folder in (run, other))
         assert one.keys() == two.keys()
         for key, value in one.items():
             if isinstance(value, torch.Tensor):
                 assert value.numpy().tobytes() == two[key].numpy().tobytes(), key
-            elif key.removeprefix("/args/") not in FREE:
+            elif key.removeprefix("/args/") not in CHANGEABLE:
                 assert value == two[key], key
     assert rows(run / f"log_stage{stage}.csv") == rows(other / f"log_stage{stage}.csv")

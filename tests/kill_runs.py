@@ -20,22 +20,30 @@ from conftest import ROOT, TINY, same_run
 STAGE1 = ["train_stage1.py", *TINY, *"--out run --pretrain-iters 3 --eln-iters 3 --save-every 1".split()]
 STAGE2 = "train_stage2.py run --iters 4 --log-every 1 --save-every 1 --device cpu".split()
 COMMANDS = {1: STAGE1, 2: STAGE2}
-# Runs a script with a ResNet of one block a stage, which is faster to save.
-SHALLOW = """
-import runpy, sys, torchvision
-resnet = torchvision.models.resnet
-torchvision.models.get_model = lambda name, weights: resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1])
-sys.path[0] = sys.argv[1].rpartition("/")[0]
-del sys.argv[0]
+# Runs a script with networks and data that are faster to save and to score.
+SMALL = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+import torchvision
+from conftest import load_few_shapes
+from data import DATASETS
+from small_networks import small_resnet
+torchvision.models.get_model = small_resnet
+DATASETS["shapes"] = load_few_shapes
+del sys.argv[:2]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def small(script, *options):
+    """The command that runs a script so."""
+    return [sys.executable, "-c", SMALL, str(ROOT / "tests"), str(ROOT / script), *map(str, options)]
+
+
 def start(folder, stage, workers):
     """The command of a stage, in a process of its own."""
-    script, *options = COMMANDS[stage]
     return subprocess.Popen(
-        [sys.executable, "-c", SHALLOW, ROOT / script, *options, "--workers", str(workers)],
+        small(*COMMANDS[stage], "--workers", workers),
         cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )
 

@@ -50,9 +50,18 @@ MASK_KINDS = (
     "EXIF", "TIFF, -1",
 )
 LIST_KINDS = (
-    "CRLF", "BOM", "blank lines", "spaces", "duplicates", "pairs", "../", "absolute", "outside", "UTF-16",
-    "no line end", "unknown",
+    "CRLF", "BOM", "blank lines", "spaces", "duplicates", "pairs", "paths", "../", "absolute", "outside",
+    "UTF-16", "no line end", "unknown", "quotes", "commas", "comment", "heading", "numbers",
 )
+# What must come of a list of ids of this kind, and of classes.txt; any line may be a class's name.
+USED_LISTS = (
+    "CRLF", "BOM", "blank lines", "spaces", "duplicates", "pairs", "paths", "../", "no line end",
+)
+REFUSED_CLASSES = ("UTF-16", "comment", "heading", "numbers")
+NAME_KINDS = ("non-ASCII", "subfolder", "other folder than the mask's", "folder that is a link", "link")
+
+
+# ---- Damage that fits any file ----
 
 
 def flip_bits(content, rng):
@@ -62,8 +71,7 @@ def flip_bits(content, rng):
     return bytes(content)
 
 
-# Damage that fits any file: name -> function of (content, rng).
-DAMAGE = {
+DAMAGE = {  # name -> function of (content, rng)
     "truncated": lambda content, rng: content[: rng.randrange(len(content))],
     "bits flipped": flip_bits,
     "zero bytes": lambda content, rng: b"",
@@ -79,6 +87,9 @@ def damage(path, rng):
     path.unlink()  # checkpoints are links to files that must stay
     path.write_bytes(DAMAGE[kind](content, rng))
     return kind
+
+
+# ---- Odd images and masks ----
 
 
 def png(width, height, depth, colour_type, rows):
@@ -182,47 +193,74 @@ def odd_mask(path, rng):
     return kind, stands_for
 
 
+# ---- Odd lists and names ----
+
+
 def odd_list(path, rng):
-    """Rewrite a list file in an odd way -> its name, and whether it still says the same, None if unknown."""
+    """Rewrite a list of ids or classes.txt in an odd way -> the way's name, and what must come of it.
+
+    This is "use" or "refuse", or None if either is right.
+    """
     lines = path.read_text().split()
     kind = rng.choice(LIST_KINDS)
-    text, same = path.read_text(), True
-    if kind == "CRLF":
-        text = "\r\n".join(lines)
-    elif kind == "BOM":
-        text = "\ufeff" + text
-    elif kind == "blank lines":
-        text = "\n\n \n".join(lines) + "\n\n"
-    elif kind == "spaces":
-        text = "".join(f"\t{line}  \n" for line in lines)
-    elif kind == "duplicates":
-        text, same = text + text, path.name != "classes.txt"
-    elif kind == "pairs":
-        text = "".join(f"images/{line}.jpg masks/{line}.png\n" for line in lines)
-        same = path.name != "classes.txt"
-    elif kind in ("../", "absolute", "outside"):
-        line = {"../": "../images/t0", "outside": "../../outside/secret"}
-        line["absolute"] = f"{path.parent.resolve().parent.parent}/outside/secret"
-        text, same = f"{line[kind]}\n{text}", False
-    elif kind == "UTF-16":
-        path.write_bytes(text.encode("utf-16"))
-        return kind, True
-    elif kind == "no line end":
-        text = text.rstrip("\n")
-    else:
-        text, same = f"{text}ghost\n", False
-    path.write_text(text, newline="")
-    return kind, same
+    outside = path.parent.resolve().parent.parent / "outside" / "secret"
+    text = {
+        "CRLF": "\r\n".join(lines),
+        "BOM": "\ufeff" + "\n".join(lines),
+        "blank lines": "\n\n \n".join(lines) + "\n\n",
+        "spaces": "".join(f"\t{line}  \n" for line in lines),
+        "duplicates": "\n".join(lines + lines),
+        "pairs": "".join(f"images/{line}.jpg masks/{line}.png\n" for line in lines),
+        "paths": "".join(f"/anywhere/images/{line}.jpg\n" for line in lines),
+        "../": "\n".join(["../images/t0", *lines]),
+        "absolute": "\n".join([str(outside), *lines]),
+        "outside": "\n".join(["../../outside/secret", *lines]),
+        "UTF-16": "\n".join(lines),
+        "no line end": "\n".join(lines),
+        "unknown": "\n".join([*lines, "ghost"]),
+        "quotes": "".join(f'"{line}"\n' for line in lines),
+        "commas": "".join(f"{line},\n" for line in lines),
+        "comment": "\n".join(["# a comment", *lines]),
+        "heading": "\n".join(["name", *lines]),
+        "numbers": "".join(f"{i}: {line}\n" for i, line in enumerate(lines)),
+    }[kind]
+    path.write_text(text, newline="", encoding="utf-16" if kind == "UTF-16" else "utf-8")
+    if path.name == "classes.txt":
+        return kind, "refuse" if kind in REFUSED_CLASSES else None
+    if kind == "../" and path.name == "val.txt":
+        return kind, "refuse"  # t0 is labelled
+    return kind, "use" if kind in USED_LISTS else "refuse"
 
 
-def rename(data, rng):
-    """Give an image and its mask a name beyond ASCII, in the lists too."""
-    key, name = rng.choice(["t0", "t5", "v1"]), rng.choice(["größe", "猫_1", "фото.2"])
-    for path in [*data.glob(f"images/{key}.*"), *data.glob(f"masks/{key}.*")]:
-        path.rename(path.with_name(name + path.suffix))
+def odd_name(data, rng):
+    """Give an image another name or place -> the way's name, and what must come of it.
+
+    Its mask and the lists follow, but the mask stays in "other folder than the mask's".
+    """
+    key, kind = rng.choice(["t0", "t2", "v1"]), rng.choice(NAME_KINDS)
+    if kind == "link":
+        path = data / f"images/{key}.jpg"
+        path.rename(data / "another.jpg")
+        path.symlink_to(data / "another.jpg")
+        return kind, "use"
+    name = rng.choice(["größe", "猫_1", "фото.2"]) if kind == "non-ASCII" else f"day/{key}"
+    folders = {"images": ".jpg", "masks": ".png"}
+    for folder, ending in folders.items():
+        if (folder, kind) == ("masks", "other folder than the mask's"):
+            continue
+        path = data / folder / f"{name}{ending}"
+        path.parent.mkdir(exist_ok=True)
+        (data / folder / f"{key}{ending}").rename(path)
+        if kind == "folder that is a link":
+            path.parent.rename(data / f"{folder} of the day")
+            path.parent.symlink_to(data / f"{folder} of the day")
     for path in data.glob("*.txt"):
-        path.write_text("".join(f"{name if line == key else line}\n" for line in path.read_text().split()))
-    return name
+        lines = [name if line == key else line for line in path.read_text().split()]
+        path.write_text("".join(f"{line}\n" for line in lines))
+    return kind, "use" if kind in ("non-ASCII", "subfolder") else "refuse"
+
+
+# ---- One mutation, and what comes of it ----
 
 
 def mutate(work, rng):
@@ -272,10 +310,10 @@ def mutate(work, rng):
         names = ["classes.txt"] if what == "classes" else ["train.txt", "val.txt", "labeled.txt"]
         path = data / rng.choice(names)
         command, case = rng.choice([NEW, STAGE2]), {"name": path.name}
+        if path.name == "labeled.txt":
+            command = NEW  # stage 2 has the labelled ids from stage 1's checkpoint
         if odd:
-            case["kind"], same = odd_list(path, rng)
-            if what == "list" and same is not None:
-                case["must"] = "use" if same else "refuse"
+            case["kind"], case["must"] = odd_list(path, rng)
         else:
             case["kind"] = damage(path, rng)
     elif what == "checkpoint":
@@ -306,8 +344,8 @@ def mutate(work, rng):
         command = [*command, "--eln-iters", "1"]
         case = {"name": path.name, "intact": path.name, "kind": damage(path, rng)}
     else:
-        case, command = {"kind": "non-ASCII", "name": "", "must": "use"}, [*NEW]
-        case["new"] = rename(data, rng)
+        kind, must = odd_name(data, rng)
+        case, command = {"kind": kind, "name": "", "must": must}, NEW
     return {"what": what, **case}, command
 
 
@@ -342,8 +380,7 @@ def judge(work, case):
         wrong.append("refused in other than one line")
     if "Traceback" in case["err"]:
         wrong.append("a traceback")
-    names = (Path(case["name"]).stem, "other labelled images")
-    if case["code"] == 2 and lines and not any(name in lines[-1] for name in names):
+    if case["code"] == 2 and lines and Path(case["name"]).stem not in lines[-1]:
         wrong.append("the message does not name the file")
     if case.get("must") == "refuse" and case["code"] == 0:
         wrong.append("used, but must be refused")
@@ -369,6 +406,9 @@ def judge(work, case):
     if case["outside"]:
         wrong.append(f"opened {case['outside'][0]}")
     return wrong
+
+
+# ---- All mutations ----
 
 
 def prepare(base):

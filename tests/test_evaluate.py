@@ -1,5 +1,7 @@
 """Tests of evaluate.py: every measure against a literal loop over pixels; what is read, drawn, written, said.
 
+    python -m pytest tests/test_evaluate.py        (from the root; a few seconds on a CPU)
+
 Networks are stand-ins that give known logits, but where saved networks are read again.
 """
 
@@ -7,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import pickle
 import runpy
@@ -17,14 +20,16 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+import torchvision
+from PIL import Image
 from torch import nn
 
 import data
 import evaluate
-from data import Dataset, InputError, load_dataset, normalize, resize, voc_palette
+from data import InputError, Process, SegmentationData, load_dataset, normalize, resize, voc_palette
 from eln import AuxiliaryNetworks, eln_input
 from model import DeepLabV3Plus
+from small_networks import small_resnet
 
 C, PALETTE = 3, [[10, 20, 30], [200, 0, 0], [0, 150, 90]]
 SHAPES = load_dataset("shapes")
@@ -36,11 +41,19 @@ ARGS = argparse.Namespace(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_networks():
+    with mock.patch.object(torchvision.models, "get_model", small_resnet):
+        yield
+
+
 def labels(seed, H, W):
+    """A random mask (H, W) uint8 of C classes and void."""
     return np.random.default_rng(seed).choice(np.uint8([*range(C), 255]), (H, W))
 
 
 def logits_of(value, h, w):
+    """The stand-in's logits (C, h, w) for an image of this grey value."""
     return torch.randn(C, h, w, generator=torch.Generator().manual_seed(value))
 
 
@@ -60,9 +73,18 @@ def bilinear(logits, *size):
     """(C, h, w) -> (C, H, W), between pixel centres, edges repeated."""
     array = logits.numpy()
     for axis, n in enumerate(size, start=1):
-        places, known = (np.arange(n) + 0.5) * array.shape[axis] / n - 0.5, np.arange(array.shape[axis])
+        places = (np.arange(n) + 0.5) * array.shape[axis] / n - 0.5
+        known = np.arange(array.shape[axis])
         array = np.apply_along_axis(lambda line: np.interp(places, known, line), axis, array)
     return torch.from_numpy(array)
+
+
+def softmax(scores):
+    powers = [math.exp(score) for score in scores]
+    return [power / sum(powers) for power in powers]
+
+
+# ---- Validation ----
 
 
 def confusion(prediction, label):
@@ -101,19 +123,28 @@ def test_score_counts_each_image_once_at_both_resolutions(tmp_path, monkeypatch,
         nearest = [[row[int((x + 0.5) * W / w)] for x in range(w)] for row in rows]
         want["resized"] += confusion(logits.argmax(0).tolist(), nearest)
         want["original"] += confusion(bilinear(logits, H, W).argmax(0).tolist(), label.tolist())
-    dataset = Dataset("folder", files, [], list(files), list("abc"), voc_palette(), crop)
+    dataset = SegmentationData("folder", files, [], list(files), list("abc"), voc_palette(), crop)
     assert crop == torch.equal(want["resized"], want["original"])
+
     monkeypatch.setattr(torch.distributed, "all_reduce", add_up := mock.Mock())  # the test does it itself
     for world in (1, 2, 3):
         network = Stub().train()
-        parts = [evaluate.score(network, dataset, size, "cpu", rank, world) for rank in range(world)]
+        parts = [evaluate.score(network, dataset, size, Process(rank, world)) for rank in range(world)]
         for name in want:
             assert torch.equal(sum(part[name] for part in parts), want[name])
         assert sorted(network.seen) == [17, 57, 97, 137, 177]
-    assert add_up.call_count == 2 + 3
+        assert network.training  # as before
+    assert add_up.call_count == 2 * (2 + 3)  # both matrices in each process
+
+    network, args = Stub().eval(), argparse.Namespace(size=size, workers=0)
+    mIoU = evaluate.validate(network, dataset, args, Process())
+    assert mIoU == evaluate.mean_iou(want["resized"]) and not network.training
 
 
-def average_precision(scores, wrong):
+# ---- Error localization ----
+
+
+def literal_average_precision(scores, wrong):
     """From the definition: over distinct thresholds from high to low, precision times the gain in recall."""
     total, recall = 0.0, 0.0
     for threshold in sorted(set(scores), reverse=True):
@@ -124,11 +155,69 @@ def average_precision(scores, wrong):
 
 
 def literal_rates(positive, claimed):
+    """Precision, recall and F1 of pixels that are positive, and that are claimed to be; nan for 0 / 0."""
     hits = sum(p and c for p, c in zip(positive, claimed))
     precision = hits / sum(claimed) if any(claimed) else math.nan
     recall = hits / sum(positive) if any(positive) else math.nan
     both = sum(claimed) + sum(positive)
     return [precision, recall, 2 * hits / both if both else math.nan]
+
+
+def literal_judgement(P, B, correction, threshold):
+    """One pixel's (error score, whether it is rejected) by each method.
+
+    P           its probabilities in the network's prediction
+    B           ELN's logit; beyond 30 its doubts are not told apart
+    correction  its probabilities in the s-ECN's output
+    """
+    c = P.index(max(P))
+    best_other = max(correction[:c] + correction[c + 1 :])
+    return {
+        "ELN": (-min(max(B, -30), 30), B <= 0),
+        "s-ECN": (math.log(best_other / correction[c]), best_other >= correction[c]),
+        "confidence": (-max(P), max(P) <= threshold),
+        "none": (0.0, False),
+    }
+
+
+def test_precision_recall_f1_of_counted_pixels():
+    # [wrong, rejected] pixels of images: ordinary, without an error, without a rejection, without both, void
+    counts = [[[5, 1], [2, 4]], [[3, 2], [0, 0]], [[3, 0], [2, 0]], [[7, 0], [0, 0]], [[0, 0], [0, 0]]]
+    matrices = torch.tensor(counts).double()
+    errors = evaluate.precision_recall_f1(matrices, positive=1)
+    correct = evaluate.precision_recall_f1(matrices, positive=0)
+    assert errors[0].tolist() == pytest.approx([4 / 5, 4 / 6, 8 / 11])
+    assert correct[0].tolist() == pytest.approx([5 / 7, 5 / 6, 10 / 13])
+    for matrix, of_errors, of_correct in zip(counts, errors.tolist(), correct.tolist()):
+        pixels = [pair for pair in np.ndindex(2, 2) for _ in range(matrix[pair[0]][pair[1]])]
+        wrong, rejected = [pair[0] for pair in pixels], [pair[1] for pair in pixels]
+        assert of_errors == pytest.approx(literal_rates(wrong, rejected), nan_ok=True)
+        right, accepted = [1 - w for w in wrong], [1 - r for r in rejected]
+        assert of_correct == pytest.approx(literal_rates(right, accepted), nan_ok=True)
+
+
+@pytest.mark.parametrize("scores, wrong, want", [
+    ([4, 3, 2, 1], [1, 0, 1, 0], 1 / 2 + 2 / 3 * 1 / 2),
+    ([4, 3, 2, 1], [1, 1, 0, 0], 1),
+    ([1, 2, 3, 4], [1, 0, 0, 0], 1 / 4),
+    ([2, 2, 2, 2], [0, 1, 0, 0], 1 / 4),  # tied
+    ([90, 40, 2, -99], [0, 1, 0, 0], 1 / 2),  # beyond 30 they are tied, too
+    ([4, 3], [0, 0], 0),
+    ([], [], 0),
+])
+def test_average_precision_of_known_rankings(scores, wrong, want):
+    histogram = evaluate.error_histogram(torch.tensor(scores).float(), torch.tensor(wrong).bool())
+    assert histogram.sum(1).tolist() == [len(wrong) - sum(wrong), sum(wrong)]
+    assert evaluate.average_precision(histogram) == pytest.approx(want)
+
+
+def test_average_precision_is_that_of_the_definition():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(-25, 25, (300,), generator=generator)  # with ties
+    wrong = 10 * torch.randn(300, generator=generator) < scores
+    want = literal_average_precision(scores.tolist(), wrong.tolist())
+    parts = [evaluate.error_histogram(scores[part], wrong[part]) for part in (slice(100), slice(100, 300))]
+    assert evaluate.average_precision(sum(parts)) == pytest.approx(want) and 0.5 < want < 0.95
 
 
 @pytest.mark.parametrize("judge", ["ELN", "s-ECN", None])
@@ -140,51 +229,174 @@ def test_error_localization_is_precision_recall_f1_of_both_classes(judge):
     order = torch.randperm(5 * H * W, generator=generator)
     valid = torch.linspace(-20, 20, 5 * H * W)[order].reshape(5, H, W)
     valid[4] = valid[4].abs() + 1
-    valid[0, :2] *= 4  # beyond 30, where doubts are no longer told apart
+    valid[0, :2] *= 4  # beyond 30
     correction = 3 * torch.randn(5, C, H, W, generator=generator)
-    powers, others = np.exp(logits.double().numpy()), np.exp(correction.double().numpy())
     truth = torch.stack([torch.from_numpy(labels(i, H, W)).long() for i in range(5)])
     prediction, (first, second) = logits.argmax(1), logits[4].topk(2, dim=0).values
     truth[1, 1:], truth[2], truth[3] = prediction[1, 1:], prediction[2], 255
     truth[4] = (prediction[4] + (first - second < 12)) % C
-    scenes = [(torch.full((1, 3, H, W), float(i)), truth[i], truth[i]) for i in range(5)]
+    images = [(torch.full((1, 3, H, W), float(i)), truth[i], truth[i]) for i in range(5)]
 
     def eln(x):
         i = int(x[0, 0, 0, 0])
-        assert torch.equal(x, eln_input(scenes[i][0], logits[i][None]))
+        assert torch.equal(x, eln_input(images[i][0], logits[i][None]))
         return (valid if judge == "ELN" else correction)[i][None]
 
     network = mock.Mock(side_effect=lambda X: (logits[int(X[0, 0, 0, 0])][None], None))
-    table = evaluate.error_localization(network, eln if judge else None, scenes, threshold)
-    names = [judge] * bool(judge) + ["confidence", "none"]
-    assert len(table) == 5 * len(names)
-    wrong, doubts = [[] for _ in range(5)], {name: [] for name in names}  # the former per image
-    claims = {name: [[] for _ in range(5)] for name in names}
+    table = evaluate.error_localization(network, eln if judge else None, images, threshold)
+
+    methods = [judge] * bool(judge) + ["confidence", "none"]
+    wrong = [[] for _ in range(5)]  # of each image's pixels
+    rejected = {method: [[] for _ in range(5)] for method in methods}
+    scores = {method: [] for method in methods}  # of all images' pixels
     for i, y, x in np.ndindex(5, H, W):
         if truth[i, y, x] == 255:
             continue
-        P, other = (array[i, :, y, x] / sum(array[i, :, y, x]) for array in (powers, others))
-        c, B = list(P).index(max(P)), float(valid[i, y, x])
-        wrong[i].append(c != int(truth[i, y, x]))
-        judged = {
-            "ELN": (B <= 0, -min(max(B, -30), 30)),
-            "s-ECN": (max(other) != other[c], math.log(max(np.delete(other, c)) / other[c])),
-            "confidence": (max(P) <= threshold, -max(P)),
-            "none": (False, 0.0),
-        }
-        for name in names:
-            claims[name][i].append(judged[name][0])
-            doubts[name].append(judged[name][1])
-    for name in names:
-        # the softmax's scores are counted in steps, so that near neighbours may tie
-        exact = average_precision(doubts[name], sum(wrong, []))
-        assert table[name, "error", "AP"] == [pytest.approx(exact, abs=1e-6 if name == "ELN" else 3e-3)]
-        for positive, same in (("correct", False), ("error", True)):
-            images = [[[x == same for x in flags] for flags in image] for image in zip(wrong, claims[name])]
-            each = torch.tensor([literal_rates(*image) for image in images]).double().nanmean(0).tolist()
-            pooled = literal_rates(*(sum(flags, []) for flags in zip(*images)))
-            assert table[name, positive, "image"] == pytest.approx(each, abs=1e-6, nan_ok=True)
-            assert table[name, positive, "pooled"] == pytest.approx(pooled, nan_ok=True)
+        P = softmax(logits[i, :, y, x].tolist())
+        other = softmax(correction[i, :, y, x].tolist())
+        wrong[i].append(P.index(max(P)) != int(truth[i, y, x]))
+        judged = literal_judgement(P, float(valid[i, y, x]), other, threshold)
+        for method in methods:
+            scores[method].append(judged[method][0])
+            rejected[method][i].append(judged[method][1])
+
+    assert len(table) == 5 * len(methods)
+    for method in methods:
+        exact = literal_average_precision(scores[method], sum(wrong, []))
+        # scores are counted in bins, so that the softmax's near neighbours may tie
+        assert table[method, "error", "AP"] == [pytest.approx(exact, abs=1e-6 if method == "ELN" else 3e-3)]
+        for name, is_error in (("correct", False), ("error", True)):
+            positive = [[w == is_error for w in image] for image in wrong]
+            claimed = [[r == is_error for r in image] for image in rejected[method]]
+            each = [literal_rates(*image) for image in zip(positive, claimed)]
+            mean = torch.tensor(each).double().nanmean(0).tolist()
+            pooled = literal_rates(sum(positive, []), sum(claimed, []))
+            assert table[method, name, "image"] == pytest.approx(mean, abs=1e-6, nan_ok=True)
+            assert table[method, name, "pooled"] == pytest.approx(pooled, nan_ok=True)
+
+
+class Summing:
+    """A process whose sums are those of all calls up to then, as if each were of another process."""
+
+    def __init__(self):
+        self.total = 0
+
+    def sum(self, tensor):
+        self.total = self.total + tensor
+        return self.total
+
+
+@pytest.mark.parametrize("corrector", ["ELN", "s-ECN"])
+def test_diagnosis_is_of_the_whole_batch(corrector):
+    B, K, H, W = 3, 2, 4, 5
+    generator = torch.Generator().manual_seed(0)
+    label = torch.stack([torch.from_numpy(labels(i, H, W)).long() for i in range(B)])
+    predictions = torch.randn(K + 1, B, C, H, W, generator=generator)
+    is_class = torch.stack([label == c for c in range(C)], dim=1)
+    predictions[0] += 5 * is_class  # the main decoder is right almost everywhere
+    valid = torch.randn(K + 1, B, H, W, generator=generator)
+    correction = torch.randn(K + 1, B, C, H, W, generator=generator)
+    outputs = valid if corrector == "ELN" else correction
+
+    ce, wrong = [0.0] * (K + 1), [[] for _ in range(K + 1)]  # of each decoder
+    rejected = [[] for _ in range(K + 1)]
+    for k, i in itertools.product(range(K + 1), range(B)):
+        terms = []
+        for y, x in np.ndindex(H, W):
+            truth = int(label[i, y, x])
+            if truth == 255:
+                continue
+            P = softmax(predictions[k, i, :, y, x].tolist())
+            other = softmax(correction[k, i, :, y, x].tolist())
+            terms.append(-math.log(P[truth]))
+            wrong[k].append(P.index(max(P)) != truth)
+            judged = literal_judgement(P, float(valid[k, i, y, x]), other, threshold=0)
+            rejected[k].append(judged[corrector][1])
+        ce[k] += sum(terms) / len(terms) / B
+    want = {"ce_1/ce_0": ce[1] / ce[0], "ce_2/ce_0": ce[2] / ce[0]}
+    want.update({f"wrong_{k}": sum(wrong[k]) / len(wrong[k]) for k in range(K + 1)})
+    want["eln_precision"], want["eln_recall"], _ = literal_rates(sum(wrong, []), sum(rejected, []))
+
+    process = Summing()
+    for part in (slice(0, 1), slice(1, 3)):  # the images of two processes
+        logits, *aux_logits = predictions[:, part]
+        row = evaluate.diagnosis(logits, aux_logits, list(outputs[:, part]), label[part], process)
+    assert row == pytest.approx(want, rel=1e-6) and list(row) == list(want)
+    void = torch.full_like(label, 255)
+    row = evaluate.diagnosis(predictions[0], [predictions[1]], list(outputs[:2]), void, Process())
+    assert set(row.values()) == {0}
+
+
+# ---- Figures ----
+
+
+@pytest.mark.parametrize("judge, before", [("ELN", False), ("s-ECN", True), (None, False), (None, True)])
+def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
+    H, W = 12, 48
+    X, image = normalize(torch.full((1, 3, H, W), 90, dtype=torch.uint8)), torch.randint(0, 256, (3, H, W))
+    label, output = torch.from_numpy(labels(3, H, W)).long(), torch.randn(*[C] * (judge == "s-ECN"), H, W)
+    networks = {name: Stub().eval() for name in ["stage 1"] * before + ["stage 2"]}
+    eln = (lambda x: output[None]) if judge else None
+    shown = evaluate.panels(networks, eln, X, image.byte(), label, PALETTE)
+
+    P, Y = logits_of(90, H, W).argmax(0).numpy(), label.numpy()
+    rejected = output.argmax(0).numpy() != P if judge == "s-ECN" else output.numpy() <= 0
+    colours = np.array(PALETTE + [[255] * 3] * 253)
+    light_grey, black, white = [210] * 3, [0] * 3, [255] * 3
+
+    def marked(mask):
+        return np.where(Y[..., None] == 255, white, np.where(mask[..., None], black, light_grey))
+
+    want = {"image": image.permute(1, 2, 0).numpy(), "truth": colours[Y]}
+    want.update(dict.fromkeys(networks, colours[P]))
+    if judge:
+        want["its errors"] = marked(P != Y)
+        want[f"{judge} finds"] = marked(rejected)
+        want["filtered"] = colours[np.where(rejected, 255, P)]
+    assert list(shown) == list(want)
+    assert all(np.array_equal(shown[name], want[name]) for name in want)
+
+
+@pytest.mark.parametrize("W, zoom", [(48, 4), (400, 1)])
+def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 2, 10, W, 3), np.uint8)
+    rows = [dict(zip(("image", "truth"), pair)) for pair in pixels]
+    whole = np.asarray(evaluate.sheet(rows))
+    top, w, h = W * zoom // 8, W * zoom + 4, 10 * zoom + 4  # a panel and a line of 4 white pixels beside it
+    assert whole.shape == (top + 3 * h + 4, 2 * w + 4, 3)
+    blank = whole[top:].copy()
+    for j, row in enumerate(rows):
+        for i, panel in enumerate(row.values()):
+            place = slice(4 + j * h, (j + 1) * h), slice(4 + i * w, (i + 1) * w)
+            assert np.array_equal(whole[top:][place], panel.repeat(zoom, 0).repeat(zoom, 1))
+            blank[place] = 255
+    assert (blank == 255).all()
+    captions = whole[:top, 4:w], whole[:top, 4 + w : 2 * w]
+    assert (captions[0] != captions[1]).any() and all((caption < 128).any() for caption in captions)
+
+
+# ---- Prediction ----
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(tmp_path, capsys, crop):
+    H, W, out = 20, 30, tmp_path / "out"
+    Image.new("RGBA", (W, H), (90, 90, 90, 7)).save(tmp_path / "my.photo.PNG")
+    for name in ("broken.jpg", "notes.txt", "._hidden.png"):
+        (tmp_path / name).write_text("no image")
+    record = {"size": [12, 10], "crop": crop, "palette": PALETTE}
+    assert evaluate.predict(Stub().eval(), record, [tmp_path], out, "cpu") == 2
+    printed, error = capsys.readouterr()
+    assert printed == f"{out}/my.photo_overlay.png\n" and error.count("\n") == 1 and "broken.jpg" in error
+    want = (logits_of(90, H, W) if crop else bilinear(logits_of(90, 12, 10), H, W)).argmax(0).numpy()
+    painted = np.array(PALETTE)[want]
+    for part, pixels in (("class", want), ("colour", painted), ("overlay", (90 + painted) / 2)):
+        shown = np.asarray(Image.open(out / f"my.photo_{part}.png"))
+        assert np.abs(shown - pixels).max() <= (1 if part == "overlay" else 0)
+
+
+# ---- Comparison of runs ----
 
 
 def checkpoint(path, stage=2, step=9, rows=(), networks=None, labeled=4, **args):
@@ -215,6 +427,9 @@ def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed(tmp_path):
     assert {line.count("|") for line in table} == {8}
 
 
+# ---- Reading checkpoints ----
+
+
 class Bomb:
     """Unpickling it the ordinary way creates the file `trace`."""
 
@@ -222,23 +437,37 @@ class Bomb:
         return open, ("trace", "w")
 
 
-UNREADABLE = {
-    "missing": None, "empty": b"", "zeros": b"\0" * 1000, "YAML": b"a: 1\n", "pickle": b"G", "number": 5,
-    "zip": b"PK\x03\x04" + bytes(200), "list": [1, 2], "half a dict": {"args": {}, "step": 3},
-    "code": {**dict.fromkeys(evaluate.KEYS), "x": Bomb()},
-    "another stage": {**dict.fromkeys(evaluate.KEYS), "stage": 2}, 0.1: 0.1, 0.5: 0.5, 0.9: 0.9, 0.999: 0.999,
+HAS_ALL_KEYS = dict.fromkeys(evaluate.CHECKPOINT_KEYS)
+UNREADABLE = {  # what is written, given the bytes of a whole checkpoint: bytes, or something to torch.save
+    "nothing": lambda whole: None,
+    "empty": lambda whole: b"",
+    "zeros": lambda whole: b"\0" * 1000,
+    "YAML": lambda whole: b"a: 1\n",
+    "pickle": lambda whole: b"G",
+    "zip": lambda whole: b"PK\x03\x04" + bytes(200),
+    "a tenth": lambda whole: whole[: len(whole) // 10],
+    "half": lambda whole: whole[: len(whole) // 2],
+    "nine tenths": lambda whole: whole[: len(whole) * 9 // 10],
+    "almost all": lambda whole: whole[:-20],
+    "one bit flipped": lambda whole: whole[:30000] + bytes([whole[30000] ^ 1]) + whole[30001:],
+    "number": lambda whole: 5,
+    "list": lambda whole: [1, 2],
+    "half a dict": lambda whole: {"args": {}, "step": 3},
+    "code": lambda whole: {**HAS_ALL_KEYS, "x": Bomb()},
+    "another stage": lambda whole: {**HAS_ALL_KEYS, "stage": 2},
 }
 
 
 @pytest.mark.parametrize("case", UNREADABLE)
 def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
-    path, content, x = tmp_path / "stage1.pt", UNREADABLE[case], torch.arange(5000)
+    path, x = tmp_path / "stage1.pt", torch.arange(5000)
     whole = checkpoint(path, 1, networks={"x": x}).read_bytes()
     assert torch.equal(evaluate.read_checkpoint(path, stage=1)["networks"]["x"], x)
     path.unlink()
-    if isinstance(content, (bytes, float)):
-        path.write_bytes(whole[: int(content * len(whole))] if content in (0.1, 0.5, 0.9, 0.999) else content)
+    content = UNREADABLE[case](whole)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(InputError) as caught:
@@ -251,16 +480,17 @@ def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, monkeypatch, case
 
 @pytest.fixture(scope="module")
 def networks():
-    """Networks as both stages train them, with BatchNorm statistics that are not those of fresh ones."""
+    """Networks as stage 2 trains them, with BatchNorm statistics that are not those of fresh ones."""
     torch.manual_seed(0)
-    nets = nn.ModuleDict({name: DeepLabV3Plus(N, "resnet18", "none", 8) for name in ("main", "teacher")})
-    nets["auxiliary"] = AuxiliaryNetworks(N, nets.main.encoder, ARGS)
+    nets = nn.ModuleDict()
+    for name in ("student", "teacher"):
+        nets[name] = DeepLabV3Plus(N, "resnet18", "none", 8)
+        nets[name].decoder.seg[-1].bias.data[N - 1] = -100  # the last class is never predicted
+    nets["auxiliary"] = AuxiliaryNetworks(N, nets["student"].encoder, ARGS)
     image = torch.randn(2, 3, 32, 32) + 1
-    nets.requires_grad_(False).teacher(image)
-    logits, _, encoded = nets.main(image)
-    nets.auxiliary(image, logits, *encoded)
-    for name in ("main", "teacher"):
-        nets[name].decoder.seg[-1].bias[N - 1] = -100  # never predicted
+    nets.requires_grad_(False)["teacher"](image)
+    logits, _, encoded = nets["student"](image)
+    nets["auxiliary"](image, logits, *encoded)
     return nets.eval().to(memory_format=torch.channels_last)
 
 
@@ -273,12 +503,12 @@ def student(path, network, **changes):
 
 
 def test_a_saved_student_predicts_the_same(tmp_path, networks):
-    network, record = evaluate.load_student(student(tmp_path / "s.pt", networks.main))
+    network, record = evaluate.load_student(student(tmp_path / "s.pt", networks["student"]))
     X = torch.randn(2, 3, 40, 33)
-    assert not network.training and torch.equal(network(X)[0], networks.main(X)[0])
+    assert not network.training and torch.equal(network(X)[0], networks["student"](X)[0])
     assert (record["classes"], record["size"], record["crop"]) == (SHAPES.classes, [32, 32], False)
     with pytest.raises(InputError, match="s.pt .*other networks.*size mismatch"):
-        evaluate.load_student(student(tmp_path / "s.pt", networks.main, width=16))
+        evaluate.load_student(student(tmp_path / "s.pt", networks["student"], width=16))
 
 
 @pytest.mark.parametrize("stage, step, trained", [(1, 4, False), (1, 5, True), (2, 1, True)])
@@ -286,67 +516,18 @@ def test_eln_is_read_from_a_checkpoint_that_has_trained_it(networks, stage, step
     state = networks.state_dict()
     content = {"stage": stage, "step": step, "classes": SHAPES.classes, "args": vars(ARGS), "networks": state}
     eln, x = evaluate.load_eln("stage.pt", content), torch.randn(1, 3 + N + 1, 32, 32)
-    assert torch.equal(eln(x), networks.auxiliary.eln(x)) and not eln.training if trained else eln is None
+    if trained:
+        assert torch.equal(eln(x), networks["auxiliary"].eln(x)) and not eln.training
+    else:
+        assert eln is None
     state["auxiliary.eln.more"] = torch.zeros(1)
     with pytest.raises(InputError, match="s.pt .*more") if trained else contextlib.nullcontext():
         evaluate.load_eln("s.pt", content)
-    content["networks"] = networks.main.state_dict(prefix="main.")
+    content["networks"] = networks["student"].state_dict(prefix="student.")
     assert evaluate.load_eln("s.pt", content) is None
 
 
-@pytest.mark.parametrize("judge, before", [("ELN", False), ("s-ECN", True), (None, False), (None, True)])
-def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
-    H, W = 12, 48
-    X, image = normalize(torch.full((1, 3, H, W), 90, dtype=torch.uint8)), torch.randint(0, 256, (3, H, W))
-    label, output = torch.from_numpy(labels(3, H, W)).long(), torch.randn(*[C] * (judge == "s-ECN"), H, W)
-    networks = {name: Stub().eval() for name in ["stage 1"] * before + ["stage 2"]}
-    eln = (lambda x: output[None]) if judge else None
-    shown = evaluate.panels(networks, eln, X, image.byte(), label, PALETTE)
-    P, Y = logits_of(90, H, W).argmax(0).numpy(), label.numpy()
-    refused = output.argmax(0).numpy() != P if judge == "s-ECN" else output.numpy() <= 0
-    colours, red, light, grey = np.array(PALETTE + [[255] * 3] * 253), [220, 40, 40], [225] * 3, [128] * 3
-    want = {"image": image.permute(1, 2, 0).numpy(), "truth": colours[Y]}
-    want.update(dict.fromkeys(networks, colours[P]))
-    masks = {"its errors": P != Y} if judge else {}
-    for name, mask in {**masks, **({f"{judge} finds": refused} if judge else {})}.items():
-        want[name] = np.where(Y[..., None] == 255, grey, np.where(mask[..., None], red, light))
-    if judge:
-        want["filtered"] = colours[np.where(refused, 255, P)]
-    assert list(shown) == list(want)
-    assert all(np.array_equal(shown[name], want[name]) for name in want)
-
-
-@pytest.mark.parametrize("W, zoom", [(48, 4), (400, 1)])
-def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (3, 2, 10, W, 3), np.uint8)
-    rows = [dict(zip(("image", "truth"), pair)) for pair in pixels]
-    whole = np.asarray(evaluate.sheet(rows))
-    top, w, h = W * zoom // 8, W * zoom + 4, 10 * zoom + 4
-    assert whole.shape == (top + 3 * h - 4, 2 * w - 4, 3)
-    for j, row in enumerate(rows):
-        for i, panel in enumerate(row.values()):
-            place = whole[top + j * h : top + (j + 1) * h - 4, i * w : (i + 1) * w - 4]
-            assert np.array_equal(place, panel.repeat(zoom, 0).repeat(zoom, 1))
-    captions = whole[:top, : w - 4], whole[:top, w:]
-    assert (captions[0] != captions[1]).any() and all((caption < 128).any() for caption in captions)
-
-
-@pytest.mark.parametrize("crop", [False, True])
-def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(tmp_path, capsys, crop):
-    H, W, out = 20, 30, tmp_path / "out"
-    Image.new("RGBA", (W, H), (90, 90, 90, 7)).save(tmp_path / "my.photo.PNG")
-    for name in ("broken.jpg", "notes.txt", "._hidden.png"):
-        (tmp_path / name).write_text("no image")
-    record = {"size": [12, 10], "crop": crop, "palette": PALETTE}
-    assert evaluate.predict(Stub().eval(), record, [tmp_path], out, "cpu") == 2
-    printed, error = capsys.readouterr()
-    assert printed == f"{out}/my.photo_overlay.png\n" and error.count("\n") == 1 and "broken.jpg" in error
-    want = (logits_of(90, H, W) if crop else bilinear(logits_of(90, 12, 10), H, W)).argmax(0).numpy()
-    painted = np.array(PALETTE)[want]
-    for part, pixels in (("class", want), ("colour", painted), ("overlay", (90 + painted) / 2)):
-        shown = np.asarray(Image.open(out / f"my.photo_{part}.png"))
-        assert np.abs(shown - pixels).max() <= (1 if part == "overlay" else 0)
+# ---- Command line ----
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +538,7 @@ def place(tmp_path_factory, networks):
         path = root / run / f"stage{stage}.pt"
         path.parent.mkdir(exist_ok=True)
         checkpoint(path, stage, step, networks=networks.state_dict() if stage == 2 else None)
-        student(path.with_name(f"student_{path.name}"), networks["main" if stage == 2 else "teacher"])
+        student(path.with_name(f"student_{path.name}"), networks["student" if stage == 2 else "teacher"])
     return root
 
 
@@ -379,12 +560,12 @@ def said(place, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options, step, who, names", [
-    ("run", 6, "student", ["main", "teacher"]), ("run --teacher", 6, "teacher", ["teacher", "teacher"]),
+    ("run", 6, "student", ["student", "teacher"]), ("run --teacher", 6, "teacher", ["teacher", "teacher"]),
     ("early", 4, "student", ["teacher"]),
 ])
 def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, options, step, who, names):
     monkeypatch.setattr(SHAPES, "val", SCORED)
-    matrices = [evaluate.score(networks[name], SHAPES, (32, 32), "cpu") for name in names]
+    matrices = [evaluate.score(networks[name], SHAPES, (32, 32)) for name in names]
     columns = [matrix["resized"] for matrix in matrices[::-1]] + [matrices[0]["original"]]
     rows = list(zip(*([*evaluate.iou(m).tolist(), evaluate.mean_iou(m)] for m in columns)))
     title, _, *lines, last = said(options)[1].splitlines()
@@ -396,20 +577,27 @@ def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, optio
     assert max(occur) < N and last.startswith(f"means over {occur} of {N} classes")
 
 
-def test_figures_and_errors_are_of_unlabelled_images_with_masks(said, monkeypatch):
+def test_figures_and_errors_are_of_unlabelled_images_with_masks(said):
     out = said("run --error-localization")[1]
     assert "2 unlabelled images" in out and "ELN         error       AP" in out
-    assert said("run --figures 2")[1].splitlines()[-1] == "figures: run/figures/stage2.png"
-    line = said("run --figures 1")[1].splitlines()[-2]
+    *_, line, last = said("run --figures 1")[1].splitlines()
     assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 unlabelled images" in line
+    assert last == "figures: run/figures/stage2.png"
+
+
+def test_without_masks_of_unlabelled_images_those_of_validation_are_drawn(said, monkeypatch):
     bare = dataclasses.replace(SHAPES, val=SCORED, files=dict.fromkeys(SHAPES.files, ("drawn", None)))
-    monkeypatch.setattr(data, "load_dataset", lambda *names: bare)  # then those of validation are drawn
+    monkeypatch.setattr(data, "load_dataset", lambda *names: bare)
     assert "2 validation images" in said("early --error-localization")[1]
     said("early --figures 9")
-    assert Image.open("early/figures/stage1.png").height == 24 + len(SCORED) * 196 - 4
+    assert Image.open("early/figures/stage1.png").height == 24 + 4 + len(SCORED) * 196
+
+
+def test_several_runs_are_drawn_side_by_side(said):
     assert said("early run --figures 1")[1] == "figures: early/figures/compare.png\n"
     whole = np.asarray(Image.open("early/figures/compare.png"))
-    assert (whole[:24, 2 * 196 : 3 * 196 - 4] != whole[:24, 3 * 196 :]).any()  # captions "early" and "run"
+    early, run = [whole[:24, 4 + i * 196 : (i + 1) * 196] for i in (2, 3)]  # behind image and truth
+    assert early.shape == run.shape and (early != run).any()  # the captions
 
 
 @pytest.mark.parametrize("options, says", [
@@ -434,6 +622,6 @@ def test_the_teacher_predicts_and_strange_names_are_printed(said, networks, monk
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
     assert said("run --teacher --predict größe.png")[0] == 0
     assert sys.stdout.buffer.getvalue() == b"run/predictions/gr??e_overlay.png\n"
-    X = normalize(resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))[0])[None]
-    want = bilinear(networks.teacher(X)[0][0], 40, 36).argmax(0).numpy()
+    X = normalize(resize(torch.from_numpy(image).permute(2, 0, 1), (32, 32)))[None]
+    want = bilinear(networks["teacher"](X)[0][0], 40, 36).argmax(0).numpy()
     assert (np.asarray(Image.open("run/predictions/größe_class.png")) != want).mean() < 0.01  # but for ties

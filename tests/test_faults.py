@@ -1,10 +1,11 @@
 """What happens to runs: killed, interrupted, no room on the disk, a number that is not finite, odd files.
 
-    python -m pytest tests/test_faults.py        (from the root; two minutes on two cores)
+    python -m pytest tests/test_faults.py        (from the root; a minute on two cores)
 """
 
 import contextlib
 import math
+import multiprocessing
 import os
 import re
 import resource
@@ -23,20 +24,23 @@ import torchvision
 import losses
 import mutate_inputs
 from conftest import NO_WEIGHTS, ROOT, TINY, free_port, here, leaves, load, make_folder, same_run
+from fork_processes import run_forked
+from small_networks import small_resnet
 
-FOLDER = ["--dataset", "folder", *NO_WEIGHTS, *TINY, "--labeled-list", "datasets/labeled.txt"]
-STAGE1 = ["train_stage1.py", *FOLDER, *"--out run --pretrain-iters 4 --eln-iters 4 --save-every 3".split()]
+# Both stages have four steps and save after the third and the last.
+FOLDER = [*"--dataset folder --labeled-list datasets/labeled.txt".split(), *NO_WEIGHTS, *TINY]
+FOLDER += "--size 32 32 --out run --save-every 3".split()
+STAGE1 = ["train_stage1.py", *FOLDER, *"--pretrain-iters 2 --eln-iters 2".split()]
 STAGE2 = "train_stage2.py run --iters 4 --device cpu --log-every 1 --save-every 3".split()
+SMALL = ROOT / "tests/small_networks.py"  # runs a script with the networks of this file
+
+# ---- Folders and scripts ----
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow():
-    """A ResNet of one block a stage, in this process: half the numbers to compute and to write."""
-
-    def resnet(name, weights):
-        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
-
-    with mock.patch.object(torchvision.models, "get_model", resnet):
+def small_networks():
+    """In this process, and in those forked from it."""
+    with mock.patch.object(torchvision.models, "get_model", small_resnet):
         yield
 
 
@@ -68,8 +72,11 @@ def stage(request, undisturbed, work):
     return request.param, (STAGE1 if request.param == 1 else STAGE2)
 
 
-def at_step(number, act, name="supervised_loss"):
-    """Change a loss: act(value) takes the place of its value in the step of this number (the first is 1)."""
+def at_call(number, act, name="supervised_loss"):
+    """Change a loss: act(value) takes the place of its value at the call of this number (the first is 1).
+
+    L_sup is called once a step, so that its calls have the numbers of the steps.
+    """
     calls, function = [], getattr(losses, name)
 
     def acting(*args, **options):
@@ -78,15 +85,6 @@ def at_step(number, act, name="supervised_loss"):
         return act(value) if len(calls) == number else value
 
     return mock.patch.object(losses, name, acting)
-
-
-def worker_of(launcher, rank):
-    """The process id of torchrun's worker of this rank."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == launcher and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
-                return int(folder.name)
 
 
 def wait_for_file(process, path):
@@ -123,19 +121,30 @@ def group_is_gone(group):
     return False
 
 
+# ---- Killed and interrupted ----
+
+
+def worker_of(launcher, rank):
+    """The process id of torchrun's worker of this rank."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"RANK={rank}" in (folder / "environ").read_text().split("\0"):
+                return int(folder.name)
+
+
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the worker in /proc")
-def test_torchrun_restarts_a_killed_worker(work, run_apart):
+def test_torchrun_restarts_a_killed_worker(work, monkeypatch):
     script, *options = STAGE1
+    options += ["--pretrain-iters", "20"]  # so that the kill comes in time
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=3".split()
-    with launched(work, *torchrun, ROOT / script, *options, "--save-every", 1) as process:
+    with launched(work, *torchrun, SMALL, ROOT / script, *options, "--save-every", 1) as process:
         wait_for_file(process, work / "run/stage1.pt")
         os.kill(worker_of(process.pid, 1), signal.SIGKILL)
         _, err = process.communicate(timeout=240)
     assert process.returncode == 0 and "exitcode: -9" in err, err
-    (work / "no_changes.py").write_text("")
-    twin = f"2 {free_port()} {' '.join(STAGE1)} --out twin"
-    alone = run_apart(work, "tests/fork_processes.py", "no_changes.py", twin)
-    assert alone.stdout.endswith("0 0\n"), alone.stderr
+    monkeypatch.chdir(work)
+    assert run_forked(2, free_port(), script, *options, "--out", "twin") == [0, 0]
     same_run(work / "run", work / "twin", 1)
 
 
@@ -145,7 +154,7 @@ def test_interrupted_run_ends_at_once_and_keeps_its_checkpoint(work, number):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit "ignore"
     script, *options = STAGE1
     options += ["--pretrain-iters", 9999, "--save-every", 1, "--workers", 2]
-    with launched(work, ROOT / script, *options) as process:
+    with launched(work, SMALL, ROOT / script, *options) as process:
         wait_for_file(process, work / "run/stage1.pt")
         os.killpg(process.pid, number)
         _, err = process.communicate(timeout=60)
@@ -153,6 +162,25 @@ def test_interrupted_run_ends_at_once_and_keeps_its_checkpoint(work, number):
     if number == signal.SIGINT:
         assert process.returncode == 130 and err.count("\n") == 1 and "interrupted" in err, err
     assert load(work / "run/stage1.pt")["step"] >= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_one_folder_is_one_processs(work):
+    endless = [*STAGE1, "--pretrain-iters", 9999]
+    first = multiprocessing.get_context("fork").Process(
+        target=here, args=(work, *endless, "--save-every", 1)
+    )
+    first.start()
+    while first.is_alive() and not (work / "run/stage1.pt").exists():
+        time.sleep(0.01)
+    code, _, err = here(work, *endless)
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    assert code == 2 and "another process" in err and err.count("\n") == 1
+
+
+# ---- Files that cannot be written ----
 
 
 @contextlib.contextmanager
@@ -165,11 +193,12 @@ def largest_file(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("size", [0, 100_000, 50_000_000], ids=["nothing", "no student", "no checkpoint"])
+@pytest.mark.parametrize("size", [0, 100_000, 1_000_000], ids=["nothing", "no student", "no checkpoint"])
 def test_full_disk_leaves_the_old_checkpoint(undisturbed, work, stage, size):
+    """A student has half a megabyte, a checkpoint four."""
     stage, command = stage
-    name = f"student_stage{stage}.pt" if size < 50_000_000 else f"stage{stage}.pt"
-    with largest_file(size) as begin, at_step(4, begin):
+    name = f"student_stage{stage}.pt" if size < 1_000_000 else f"stage{stage}.pt"
+    with largest_file(size) as begin, at_call(4, begin):
         code, _, err = here(work, *command)
     assert (code, err) == (1, f"{command[0]}: run/{name} cannot be written (File too large)\n")
     assert load(work / f"run/stage{stage}.pt")["step"] == 3
@@ -185,15 +214,6 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(work):
     assert code in (1, 2) and "run" in err and err.count("\n") == 1 and "L_sup" not in out
 
 
-def test_one_folder_is_one_processs(work):
-    script, *options = STAGE1
-    with launched(work, ROOT / script, *options, "--pretrain-iters", 9999, "--save-every", 1) as process:
-        wait_for_file(process, work / "run/stage1.pt")
-        code, _, err = here(work, *STAGE1, "--pretrain-iters", 9999)
-        assert process.poll() is None
-    assert code == 2 and "another process" in err and err.count("\n") == 1
-
-
 def test_loader_without_shared_memory_ends_in_one_line(work):
     killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
     with mock.patch.object(torch.utils.data.DataLoader, "__iter__", mock.Mock(side_effect=killed)):
@@ -201,36 +221,46 @@ def test_loader_without_shared_memory_ends_in_one_line(work):
     assert code == 1 and "--workers" in err and "--shm-size" in err and err.count("\n") == 1
 
 
+# ---- Numbers that are not finite ----
+
+
 def finite(path):
     """Whether all numbers of a checkpoint are."""
-    return all(value.isfinite().all() for _, value in leaves(load(path)) if isinstance(value, torch.Tensor))
+    values = [value for _, value in leaves(load(path)) if isinstance(value, torch.Tensor)]
+    return all(value.isfinite().all() for value in values)
 
 
 TERMS = {
-    "L_sup": "supervised_loss", "L_aux": "auxiliary_loss", "L_eln": "eln_loss",
-    "L_pseudo": "pseudo_label_loss", "L_contra": "contrastive_loss",
+    "L_sup": "supervised_loss",
+    "L_aux": "auxiliary_loss",
+    "L_eln": "eln_loss",
+    "L_pseudo": "pseudo_label_loss",
+    "L_contra": "contrastive_loss",
 }
 STAGES_TERMS = [*((1, term) for term in list(TERMS)[:3]), *((2, term) for term in TERMS)]
 
 
 @pytest.mark.parametrize("stage, term", STAGES_TERMS, indirect=["stage"])
 def test_loss_that_is_not_finite_names_its_term_and_step(work, stage, term):
-    number = math.inf if term == "L_aux" else math.nan
     stage, command = stage
-    joint = stage == 1 and term != "L_sup"  # the auxiliary losses begin in step 5
-    with at_step(1 if joint else 4, lambda value: value + number, TERMS[term]):
+    value_then = math.inf if term == "L_aux" else math.nan
+    call = 4
+    if stage == 1 and term != "L_sup":
+        call = 2  # the auxiliary losses begin in step 3
+    with at_call(call, lambda value: value + value_then, TERMS[term]):
         code, _, err = here(work, *command)
-    assert re.search(rf"^step {5 if joint else 4}: {term} is (nan|inf);", err), err
+    assert re.search(rf"^step 4: {term} is (nan|inf);", err), err
     assert code and err.count("\n") == 1
-    assert load(work / f"run/stage{stage}.pt")["step"] == 3 and finite(work / f"run/stage{stage}.pt")
+    assert load(work / f"run/stage{stage}.pt")["step"] == 3
+    assert finite(work / f"run/stage{stage}.pt")
 
 
 def test_weights_that_are_not_finite_reach_no_file(work, stage):
-    """The gradient of step 4 is NaN, and no row of the log shows it before the next checkpoint."""
+    """The gradient of step 4 is NaN; its losses, which the log shows, are not."""
     stage, command = stage
-    with at_step(4, lambda value: value + (0 * value).sqrt()):
+    with at_call(4, lambda value: value + (0 * value).sqrt()):
         code, _, err = here(work, *command, "--log-every", 999)
-    assert code and "not finite" in err and err.count("\n") == 1
+    assert code and "not finite after step 4" in err and err.count("\n") == 1
     for name in (f"stage{stage}.pt", f"student_stage{stage}.pt"):
         assert finite(work / "run" / name)
     assert load(work / f"run/stage{stage}.pt")["step"] == 3
@@ -248,22 +278,25 @@ def test_statistics_that_are_not_finite_reach_no_file(work, stage):
         next(buffer for name, buffer in buffers if "running_var" in name).data.fill_(math.inf)
         return value
 
-    last = 8 if stage == 1 else 4
-    with at_step(last, ruin):
+    with at_call(4, ruin):
         code, _, err = here(work, *command)
-    assert code and f"not finite after step {last}" in err and err.count("\n") == 1
-    assert load(work / f"run/stage{stage}.pt")["step"] in (3, 6) and finite(work / f"run/stage{stage}.pt")
+    assert code and "not finite after step 4" in err and err.count("\n") == 1
+    assert load(work / f"run/stage{stage}.pt")["step"] == 3
+    assert finite(work / f"run/stage{stage}.pt")
 
 
 def test_float16_leaves_out_a_step_whose_gradient_overflows(work, stage):
     stage, command = stage
-    with at_step(2, lambda value: value + (0 * value).sqrt()):
-        few = "--pretrain-iters 3 --eln-iters 0".split() if stage == 1 else "--iters 3".split()
-        assert here(work, *command, *few, "--amp", "float16")[0] == 0
+    steps = "--pretrain-iters 3 --eln-iters 0" if stage == 1 else "--iters 3"
+    with at_call(2, lambda value: value + (0 * value).sqrt()):
+        assert here(work, *command, *steps.split(), "--amp", "float16")[0] == 0
     checkpoint = load(work / f"run/stage{stage}.pt")
     assert checkpoint["scaler"]["scale"] == 65536 / 2
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {2}
     assert finite(work / f"run/stage{stage}.pt")
+
+
+# ---- Damaged and odd files ----
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -48,6 +48,8 @@ LOSSES = [case for case in CASES if case[0] not in ("correctness", "ema_update")
 PROMOTING = [case for case in LOSSES if case[0] not in ("labeled_loss", "unlabeled_loss")]
 CONSTANT = {"auxiliary_loss": 1, "eln_loss": 1, "contrastive_loss": 1}  # the argument without a gradient
 
+# ---- Arguments ----
+
 
 def inputs(name, dtype=torch.float64):
     """Small arguments with void pixels. Every float asks for a gradient, also where none may arrive."""
@@ -126,7 +128,8 @@ def assert_close(result, expected, tolerance):
     assert (result - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-# The equations as loops over Python floats.
+# ---- The equations as loops over Python floats ----
+
 
 def literal_1(logits, label):
     def of_image(P, Y):
@@ -228,10 +231,36 @@ def test_equals_the_equation_as_a_loop(name, options, dtype, tolerance):
     assert result.dtype == {"correctness": torch.int64, "ema_update": torch.float64}.get(name, dtype)
 
 
+def slope(function, leaf, place, h):
+    """The derivative of function() by one number of a leaf, from four values around it."""
+
+    def moved(distance):
+        before = leaf.data[place].clone()
+        leaf.data[place] += distance
+        value = function()
+        leaf.data[place] = before
+        return value
+
+    return (8 * (moved(h) - moved(-h)) - (moved(2 * h) - moved(-2 * h))) / (12 * h)
+
+
 @pytest.mark.parametrize("name, options", LOSSES)
-def test_gradcheck(name, options):
-    args = inputs(name)  # gradcheck moves these very tensors, so the function need not take them
-    assert torch.autograd.gradcheck(lambda *_: getattr(losses, name)(*args, **options), trained(name, args))
+def test_gradient_is_that_of_the_loop(name, options):
+    args, h = inputs(name), 2e-3 * options.get("tau", 0.5)
+
+    def total(value, is_scalar):  # Eq. (1) and (5) give two images' values; the weights tell them apart
+        return value if is_scalar else value[0] + 3 * value[1]
+
+    def literal():
+        value = LITERAL[name](*args, **options)
+        return total(value, is_scalar=not isinstance(value, list))
+
+    loss = getattr(losses, name)(*args, **options)
+    total(loss, is_scalar=loss.ndim == 0).backward()
+    for leaf in trained(name, args):
+        places = itertools.product(*map(range, leaf.shape))
+        expected = [slope(literal, leaf, place, h) for place in places]
+        assert_close(leaf.grad.flatten(), torch.tensor(expected, dtype=torch.float64), 1e-9)
 
 
 @pytest.mark.parametrize("name, options", [case for case in LOSSES if case[0] in CONSTANT])
@@ -242,7 +271,8 @@ def test_nothing_flows_into_constants(name, options):
     assert all(leaf.grad.any() for leaf in trained(name, args))
 
 
-# Small inputs with values that are known beforehand.
+# ---- Values that are known beforehand ----
+
 
 def nl(probability):
     return -math.log(probability)
@@ -282,8 +312,8 @@ WCE_BATCH = (3 * nl(.9) + 5 / 3 * nl(.1) + 2 * nl(.6) + 5 / 3 * 2 * nl(.4)) / 8
 UNEVEN = {
     "cross_entropy": CE,
     "supervised_loss": CE,
-    "auxiliary_loss": ([[scores([.3], [.4])], scores([.9], [.5]), rows([0], [0]), [2]],
-                       [nl(.3), 0], (nl(.3) + nl(.4)) / 2),
+    "auxiliary_loss": ([[scores([.3], [.6])], scores([.9], [.7]), rows([0], [0]), [2]],
+                       [nl(.3), 0], (nl(.3) + nl(.6)) / 2),
     "correctness": ([PREDICTION, LABEL], [.75, .5], None),
     "weighted_cross_entropy": ([BELIEF, RIGHT], WCE, WCE_BATCH),
     "eln_loss": ([[BELIEF], [PREDICTION], LABEL], WCE, WCE_BATCH),
@@ -391,6 +421,9 @@ def test_no_auxiliary_decoder_gives_0():
     assert loss.shape == () and loss.item() == 0
 
 
+# ---- Void and precision ----
+
+
 @pytest.mark.parametrize("name", [name for name in SIGNATURES if "ignore_index" in SIGNATURES[name]])
 def test_void_may_have_another_number(name):
     function, args = getattr(losses, name), inputs(name)
@@ -415,6 +448,9 @@ def test_half_precision_is_promoted(name, options, dtype, autocast):
     assert_close(result, expected, 1e-5)
     for leaf, twin in zip(trained(name, args), trained(name, exact)):
         assert_close(leaf.grad.float(), twin.grad, max(1e-5, torch.finfo(dtype).eps))
+
+
+# ---- Eq. (10) and Eq. (8) ----
 
 
 def contrast(anchors=slice(None), keys=slice(None), **options):
@@ -466,17 +502,30 @@ def test_ema_of_three_steps_in_place():
         assert tensor.is_leaf and tensor.requires_grad == requires_grad
 
 
+# ---- Wrong arguments ----
+
+
 @pytest.mark.parametrize("error, name, args", [
     (ValueError, "auxiliary_loss", [[scores([.3])], scores([.9]), rows([0]), [2, 3]]),
     (ValueError, "eln_loss", [[belief([.9])], [scores([.8]), scores([.8])], rows([0])]),
     (RuntimeError, "eln_loss", [[], [], rows([0])]),
-    (RuntimeError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)]),
+    (ValueError, "correctness", [scores([.9]), rows([0]), 0]),
+    (ValueError, "correctness", [scores([.9]), rows([0]), 1]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3, affine=False), torch.nn.BatchNorm1d(3)]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, track_running_stats=False)]),
+    (RuntimeError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2)]),
     (IndexError, "cross_entropy", [scores([.9]), rows([2])]),
     (IndexError, "pseudo_label_loss", [scores([.9]), rows([255]), rows([True])]),
+    (RuntimeError, "pseudo_label_loss", [scores([.9]), rows([0]), rows([1])]),
+    (RuntimeError, "pseudo_label_loss", [scores([.9, .9]), rows([0, 0]), rows([True, True, True])]),
 ])
 def test_wrong_arguments_are_refused(error, name, args):
     with pytest.raises(error):
         getattr(losses, name)(*args)
+
+
+# ---- Copying a loss alone ----
 
 
 @pytest.mark.parametrize("name, options", CASES)
