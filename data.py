@@ -4,8 +4,8 @@
 
 There are four data sets: `shapes` (drawn from a seed), `voc`, `cityscapes` and `folder` (your
 own images). An unlabelled image's mask is never opened for training. Which images a step sees,
-and in which views, follows from seed, step, batch size and the list of ids; not from the number
-of processes, nor from interruptions.
+and in which views, follows from --seed, stage, step, batch size, --size and the list of ids;
+not from the number of processes, nor from interruptions.
 """
 
 import argparse
@@ -36,8 +36,9 @@ VOID = 255  # the label of pixels that have no class
 
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's, of 0 to 255
 DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-# The seed of random numbers is a tuple of ints. It begins with a stream, (--seed, stage,
-# kind of images), where 0 is labelled and 1 unlabelled.
+# Order and views have tuples of ints for seeds: a stream, (--seed, stage, kind of images: 0
+# labelled, 1 unlabelled), then ORDER or VIEW. Of dropout see seed_step, of the subset
+# draw_labeled, of Eq. (10)'s pixels train_stage2.pixels_of_V.
 ORDER = 0  # (*stream, ORDER, epoch) gives the order of the images in an epoch
 VIEW = 1  # (*stream, VIEW, draw) gives the window, flip and perturbation of one draw
 
@@ -163,13 +164,13 @@ class IndexStream:
         self.length = length
         self.batch_size = batch_size
         self.stream = stream
-        self.steps = range(start, stop)
+        self.numbers = range(start, stop)
         self.mine = images_of_process(batch_size, process)
 
     def __iter__(self):
-        for step in self.steps:
+        for number in self.numbers:
             batch = []
-            for draw in step * self.batch_size + self.mine:
+            for draw in number * self.batch_size + self.mine:
                 epoch, position = divmod(int(draw), self.length)
                 order = permutation(self.length, (*self.stream, ORDER, epoch))
                 batch.append((int(order[position]), int(draw)))

@@ -124,7 +124,7 @@ def error_localization(network, eln, images, threshold):
             histograms[method] = histograms.get(method, 0) + error_histogram(error_score, wrong)
     table = {}
     for method in matrices:
-        # [wrong, rejected] pixels of each image: (images, 2, 2).
+        # Pixels of each image, (images, 2, 2): row 0 right, 1 wrong; column 1 rejected.
         of_images = torch.stack(matrices[method]).double()
         pooled = of_images.sum(0, keepdim=True)  # (1, 2, 2)
         for positive, name in enumerate(["correct", "error"]):
@@ -158,7 +158,7 @@ def judge_pixels(network, eln, X, label, threshold):
 def precision_recall_f1(matrices, positive):
     """Precision, recall and F1 of a class -> (n, 3); nan where there is no pixel.
 
-    matrices  (n, 2, 2) float, [wrong, rejected] pixels: [:, 1, 1] are wrong and rejected
+    matrices  (n, 2, 2) float: pixels of n images, row 0 right, 1 wrong, column 1 rejected
     positive  1: errors, which should be rejected; 0: correct pixels, which should be accepted
     """
     hits = matrices[:, positive, positive]
@@ -312,8 +312,8 @@ def image_paths(paths):
 
 # ---- Comparison of runs ----
 
-# A run may be resumed with other values of these options: they change nothing of what is
-# computed (a device its rounding), and lists are compared by their ids.
+# A run may be resumed with other values of these options: they do not change the weights, but
+# for the device (its rounding and dropout). Lists and data are compared by their ids.
 CHANGEABLE = (
     "data", "out", "device", "workers", "save_every", "eval_every", "log_every", "run",
     "labeled_list", "unlabeled_list",

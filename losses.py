@@ -4,15 +4,17 @@ Network".
 Search for "Eq. (k)" to find equation k. Each function needs torch alone, keeps no state, and
 may be copied on its own, together with the functions that its docstring lists under "Calls".
 
-    B images, C classes, H W image size, K auxiliary decoders, N anchors, M keys, D channels.
+    B images, C classes, H W image size (of volumes D H W, and so on: any number of axes),
+    K auxiliary decoders, N anchors, M keys, D channels. B^k, M^k and D^k are the paper's: ELN's
+    output, its target, a decoder.
     logits are scores before the softmax: where the paper writes log P, the code takes the
     log_softmax of the logits. A label of `ignore_index` (255) is void: the pixel has no class
     and is not counted. The k in alpha^k, P^k and so on is an index, not a power.
 
 Conventions
     The paper sums over pixels; here it is the mean over the image's non-void pixels, in Eq. (9)
-    over all pixels. Sums over images are means over the batch. So every loss but Eq. (10) is a
-    mean over images of a value that depends on one image alone.
+    over all pixels. Sums over images are means over the batch. So every loss but Eq. (10), and
+    (11) with it, is a mean over images of a value that depends on one image alone.
     Indicators and ratios that depend on the data (Eq. 3, 5) are constants without a gradient.
     A loss that an indicator switches off becomes 0 and is not left out, so that every parameter
     stays in the graph.
@@ -37,8 +39,8 @@ def cross_entropy(logits, label, ignore_index=255):
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, label, ignore_index=ignore_index, reduction="none")
-    counted = (label != ignore_index).sum(dim=(1, 2)).to(loss.dtype)  # (B,)
-    return loss.sum(dim=(1, 2)) / counted.clamp(min=1)
+    counted = (label != ignore_index).flatten(1).sum(dim=1).to(loss.dtype)  # (B,)
+    return loss.flatten(1).sum(dim=1) / counted.clamp(min=1)
 
 
 def supervised_loss(logits, label, ignore_index=255):
@@ -107,16 +109,17 @@ def weighted_cross_entropy(valid_logit, correct, reweight=True):
     is 0.
     """
     valid_logit = valid_logit.to(torch.promote_types(valid_logit.dtype, torch.float32))
-    right = (correct == 1).to(valid_logit.dtype)  # (B, H, W): 1{M_i = 1}
-    wrong = (correct == 0).to(valid_logit.dtype)  # (B, H, W): 1{M_i = 0}
-    n_right = right.sum(dim=(1, 2))  # (B,)
-    n_wrong = wrong.sum(dim=(1, 2))  # (B,)
+    valid_logit = valid_logit.flatten(1)  # (B, pixels)
+    right = (correct == 1).flatten(1).to(valid_logit.dtype)  # (B, pixels): 1{M_i = 1}
+    wrong = (correct == 0).flatten(1).to(valid_logit.dtype)  # (B, pixels): 1{M_i = 0}
+    n_right = right.sum(dim=1)  # (B,)
+    n_wrong = wrong.sum(dim=1)  # (B,)
     r = torch.ones_like(n_right)
     if reweight:
         r = n_right / n_wrong.clamp(min=1)
     loss = F.binary_cross_entropy_with_logits(valid_logit, right, reduction="none")
-    weight = r[:, None, None] * wrong + right  # void: 0
-    return (weight * loss).sum(dim=(1, 2)) / (n_right + n_wrong).clamp(min=1)
+    weight = r[:, None] * wrong + right  # void: 0
+    return (weight * loss).sum(dim=1) / (n_right + n_wrong).clamp(min=1)
 
 
 def eln_loss(valid_logits, predictions, label, reweight=True, ignore_index=255):
@@ -152,19 +155,24 @@ def ema_update(teacher, student, beta=0.995):
 
         theta~_t = beta theta~_(t-1) + (1 - beta) theta_t
 
-    teacher, student  two nn.Module of the same structure
+    teacher, student  two nn.Module of the same structure; the teacher is at least float32
     beta              in [0, 1]
     Weights and BatchNorm's running mean and variance are averaged; BatchNorm's integer count of
     batches is left alone, as no output depends on it. Returns None.
-    Raises ValueError if one network has more tensors, RuntimeError where shapes do not match
-    (broadcasting apart).
+    Raises ValueError, before anything is changed, if the two differ in structure, or if the
+    teacher has half precision, in which small steps are lost.
     """
+    pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
+    pairs += zip(teacher.buffers(), student.buffers(), strict=True)
+    for average, theta in pairs:
+        if average.shape != theta.shape:
+            raise ValueError("teacher and student have tensors of different shapes")
+        if average.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError("keep the teacher in float32: half precision loses small steps")
     with torch.no_grad():
-        for average, weight in zip(teacher.parameters(), student.parameters(), strict=True):
-            average.mul_(beta).add_(weight, alpha=1 - beta)
-        for average, statistic in zip(teacher.buffers(), student.buffers(), strict=True):
-            if average.is_floating_point():  # BatchNorm's running mean and variance
-                average.mul_(beta).add_(statistic, alpha=1 - beta)
+        for average, theta in pairs:
+            if average.is_floating_point():  # not BatchNorm's count
+                average.mul_(beta).add_(theta, alpha=1 - beta)
 
 
 def pseudo_label_loss(logits, pseudo_label, valid):
@@ -177,9 +185,11 @@ def pseudo_label_loss(logits, pseudo_label, valid):
     valid         (B, H, W)    bool: round(B~), ELN believes the pseudo label
     Returns a scalar: the mean over ALL H*W pixels, so that rejecting more makes it smaller; if
     no pixel is valid it is 0.
-    Raises IndexError (on a GPU: a device assertion) for a pseudo label of 255, which is no
-    class.
+    Raises ValueError unless valid is bool and has the pseudo label's shape, and IndexError (on
+    a GPU: a device assertion) for a pseudo label of 255, which is no class.
     """
+    if valid.dtype != torch.bool or valid.shape != pseudo_label.shape:
+        raise ValueError("valid must be bool and of the shape of pseudo_label")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(logits, pseudo_label, reduction="none")  # (B, H, W)
     return loss.masked_fill(~valid, 0).mean()
@@ -188,27 +198,36 @@ def pseudo_label_loss(logits, pseudo_label, valid):
 def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index=255):
     """Pixels of one pseudo label attract each other, those of others repel.  Eq. (10)
 
-        L_contra = - 1/|V| sum_{i in V} 1/|Omega_p| sum_{j in Omega_p}
+        L_contra = - 1/|V| sum_{i in V} sum_{j in Omega_p}
                        log( d(f_i, f~_j) / (d(f_i, f~_j) + sum_{k in Omega_n} d(f_i, f~_k)) )
-        d(a, b) = exp(cos(a, b) / tau)
+        d(a, b) = exp(cos(a, b) / tau)      (here: the mean over j in Omega_p, not their sum)
 
     anchor        (N, D) float: the student's features f, of any length (normalised inside)
     key           (M, D) float: the teacher's features f~, constants (no gradient)
     anchor_label  (N,)   int64: pseudo labels; ignore_index = not in V
     key_label     (M,)   int64: the same; ignore_index = neither positive nor negative
     tau           temperature > 0
-    Returns a scalar: the mean over the anchors in V of the mean over each one's positives, its
-    own f~_i among them (the paper prints the sum over positives). An anchor without a positive
-    gives 0 and still counts in |V|; an empty V gives 0. Given all keys, the losses of parts of
-    the anchors, weighted by their share of V, add up to the loss of all.
+    Returns a scalar: the mean over the anchors in V of the mean over each one's positives. If
+    anchors and keys are the same pixels, f~_i is among the positives of i. An anchor without a
+    positive gives 0 and still counts in |V|; an empty V gives 0. Given all keys, the losses of
+    parts of the anchors, weighted by their share of V, add up to the loss of all.
+    Under torch.compile the loop over classes breaks the graph; the values stay right.
+    Raises ValueError for other shapes, and for a negative label that is not ignore_index.
     """
+    if anchor.ndim != 2 or anchor_label.shape != anchor.shape[:1]:
+        raise ValueError("anchor must be (N, D) and anchor_label (N,)")
+    if key.ndim != 2 or key_label.shape != key.shape[:1]:
+        raise ValueError("key must be (M, D) and key_label (M,)")
+    labels = torch.cat([anchor_label, key_label])
+    if ((labels < 0) & (labels != ignore_index)).any():
+        raise ValueError("a label is negative and not ignore_index")
     dtype = torch.promote_types(anchor.dtype, torch.float32)
     with torch.autocast(anchor.device.type, enabled=False):  # else products are half precision
         f = F.normalize(anchor.to(dtype), dim=1) / tau  # so that f @ f~.T = cos / tau = log d
         f_teacher = F.normalize(key.detach().to(dtype), dim=1)
         loss = (0 * f).sum()  # has a graph, also where no anchor has a positive
         in_V = anchor_label != ignore_index
-        for c in anchor_label[in_V].unique():
+        for c in anchor_label[in_V].unique():  # Omega_p and Omega_n depend on i's class alone
             is_negative = (key_label != c) & (key_label != ignore_index)
             f_c = f[anchor_label == c]  # (n, D): the anchors of class c
             positives = f_teacher[key_label == c]  # (p, D): Omega_p of each of them

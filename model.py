@@ -93,7 +93,7 @@ def head(width, out_channels):
 
 
 class Decoder(nn.Module):
-    """D, and each auxiliary D^k: ASPP, DeepLabv3+'s low-level branch, the heads Seg and Proj.
+    """D, each auxiliary D^k, and ELN's: ASPP, low-level branch, Seg; the main D has Proj too.
 
     low_channels, high_channels  the encoder's
     out_channels  C; for ELN 1

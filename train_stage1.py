@@ -58,7 +58,7 @@ def train(args, process):
         dataset, labeled, args.size, labeled=True, batch_size=args.batch_size, stream=stream,
         start=start, stop=steps, process=process, workers=args.workers,
     )
-    weight = weight_of_process(args.batch_size, process)
+    weight = weight_of_process(args.batch_size, process)  # of its images; for one process 1
 
     for step, batch in progress(batches, rows, start, steps, process):
         seed_step(args.seed, 1, step, process)
@@ -135,8 +135,8 @@ def prepare(nets, args, process):
           "teacher"; it is moved to the device
     Returns the segmentation network and the auxiliary networks (or None) as they are to be
     called, which averages gradients over processes; AdamW of Sec. 4.2, which skips parameters
-    without a gradient (D^k and ELN in the pre-training); a gradient scaler and autocast, which
-    do nothing without --amp.
+    without a gradient (D^k and ELN in the pre-training); a gradient scaler, which works with
+    float16 alone, and autocast, which does nothing with --amp off.
     """
     device = process.device
     is_gpu = device.type == "cuda"
@@ -187,7 +187,8 @@ def same_statistics(nets, process):
 def open_run(stage, args, dataset, labeled, unlabeled, process):
     """Check the data, and make and lock the run's folder. Raises InputError.
 
-    Returns the part of a checkpoint that tells runs apart, and the lock (see lock_folder).
+    Returns a dictionary that resume compares and save writes into the checkpoint, and the lock
+    of the folder.
     """
     for note in check_files(dataset, labeled, unlabeled, args.size):
         if process.rank == 0:

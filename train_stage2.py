@@ -43,16 +43,17 @@ def train(args, process):
     dataset, stage1 = load_stage1(args)
 
     # Networks: the student goes on where stage 1 ended, the teacher begins as its copy. The
-    # teacher stays in eval mode: fixed BatchNorm statistics, no dropout. The others stay in
-    # train mode, but for ELN while it judges the teacher's labels, and for what is scored.
+    # teacher is always in eval mode: fixed BatchNorm statistics, no dropout. Student, D^k and
+    # ELN are in train mode, but for the student in evaluate.score and for ELN in judge.
     nets = make_networks(args, stage1)
     run, lock = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], process)
-    student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)
+    student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)  # under DDP
     nets.train()
     teacher = nets["teacher"].eval()
     eln = nets["auxiliary"].eln if auxiliary is not None else None
 
-    # The variants of Tables 3 and 6. A weight of 0 keeps Proj in the graph, as DDP needs it.
+    # The variants of Tables 3 and 6. A loss that is left out has weight 0: it stays in the
+    # graph, as DDP needs the gradients of all parameters, if only zeros.
     eln_or_ecn_loss = {"eln": eln_loss, "ecn": ecn_loss}[args.corrector]
     contrast = contrastive_loss if args.contrast_pixels > 0 else contrastive_loss_in_parts
     w_pseudo = 1.0 if "pseudo" in args.losses else 0.0
@@ -60,7 +61,7 @@ def train(args, process):
 
     start, rows = resume(run, args.iters, nets, optimizer, scaler, process)
     batches = make_batches(dataset, run, start, args, process)
-    weight = weight_of_process(args.batch_size, process)
+    weight = weight_of_process(args.batch_size, process)  # of its images; for one process 1
 
     for step, (batch, batch_u) in progress(batches, rows, start, args.iters, process):
         seed_step(args.seed, 2, step, process)
@@ -130,8 +131,8 @@ def make_pseudo_labels(teacher, eln, image_u, args):
     image_u  (B, 3, H, W) float: X
     args     filter: "eln"; a rival of Table 3, "ecn" (its corrections become Y^) or "threshold"
              (on the softmax, above args.threshold); or ours, "none" (all labels count)
-    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, round(B~), which is true for
-    the pixels of V; feature_t (B, D, h, w), f~.
+    Returns pseudo_label (B, H, W) int64, Y^; valid (B, H, W) bool, the pixels of V: round(B~),
+    or what the other filters accept; feature_t (B, D, h, w), f~.
     """
     logits, feature_t, _ = teacher(image_u, embed=True)  # P~
     pseudo_label = logits.argmax(dim=1)
@@ -161,18 +162,20 @@ def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
 
     feature_s, feature_t  (b, D, h, w): f and f~ of this process's b images
     pseudo_label, valid   (b, H, W)
-    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), and share_V:
-    this process's share of the anchors over its share of the images (of one process 1).
+    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), and
+    share_V = (n/m) / (b/B), which is 1 for one process, or 0 if V is empty. The loss is a mean
+    over the process's n anchors, and the training weighs it as all losses, by its images, b/B.
+    Times share_V it weighs n/m, so that all processes together have the mean over m anchors.
     """
     h, w = feature_s.shape[2:]
     own_images = images_of_process(args.batch_size, process)
 
-    # 1. The labels at stride 4, void where a pixel is not in V.
+    # 1. The pseudo labels at stride 4, void where a pixel is not in V (float for interpolate).
     own_label = pseudo_label.masked_fill(~valid, VOID).float()[:, None]
     own_label = F.interpolate(own_label, size=(h, w), mode="nearest-exact").long().flatten()
 
     # 2. The pixels of the whole batch are numbered, image by image; this process has the
-    #    numbers first .. end-1. All processes learn all labels.
+    #    numbers first .. end-1. Every process gets the labels of the whole batch.
     first = int(own_images[0]) * h * w
     end = first + len(own_label)
     own_numbers = torch.arange(first, end, device=own_label.device)
@@ -185,9 +188,9 @@ def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
     if args.contrast_pixels > 0:
         drawn = drawn[: args.contrast_pixels]  # (m,)
 
-    # 4. Each process looks up the features of its own pixels; the teacher's are put together.
+    # 4. f of the process's own pixels, and f~ of all, in the order of `drawn`.
     is_own = (drawn >= first) & (drawn < end)  # (m,) bool
-    own = drawn[is_own] - first  # (n,)
+    own = drawn[is_own] - first  # (n,): their rows among this process's features
     f = pixel_rows(feature_s)[own]
     f_teacher = pixel_rows(feature_t)[own]
     f_teacher = gather(f_teacher, is_own.nonzero().squeeze(1), len(drawn), process)
@@ -202,7 +205,10 @@ def pixel_rows(feature):
 
 
 def gather(part, places, size, process):
-    """What each process has at its `places` -> the whole, (size, ...), in all. No gradient."""
+    """(size, ...) in every process: at places[i] is part[i] of the process that has it.
+
+    No gradient flows back.
+    """
     whole = part.new_zeros(size, *part.shape[1:])
     whole[places] = part.detach()
     return process.sum(whole)  # at the others' places this process has zeros

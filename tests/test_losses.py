@@ -421,6 +421,44 @@ def test_no_auxiliary_decoder_gives_0():
     assert loss.shape == () and loss.item() == 0
 
 
+@pytest.mark.parametrize("name", ["cross_entropy", "supervised_loss", "auxiliary_loss", "correctness",
+                                  "weighted_cross_entropy", "eln_loss", "pseudo_label_loss"])
+def test_volumes_have_one_more_axis(name):
+    """Images with an axis of length 1 between the two others are volumes of the same pixels."""
+    args = inputs(name)
+    volumes = mapped(lambda t: t.unsqueeze(-2), args)
+    expected, result = getattr(losses, name)(*args), getattr(losses, name)(*volumes)
+    if name == "correctness":
+        expected = expected.unsqueeze(-2)
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_refused_average_changes_nothing():
+    teacher, student = inputs("ema_update")
+    before = flat(teacher)
+    student[1].running_var = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="shapes"):
+        losses.ema_update(teacher, student)
+    assert torch.equal(flat(teacher), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_student_of_another_precision_is_followed(dtype):
+    teacher, student = (torch.nn.Linear(2, 2) for _ in range(2))
+    student.to(dtype)
+    wanted = 0.9 * flat(teacher) + 0.1 * flat(student)
+    losses.ema_update(teacher, student, beta=0.9)
+    torch.testing.assert_close(flat(teacher), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rejected_pixel_without_a_finite_score_counts_0():
+    logits = scores([.9, .2]).detach()
+    logits[..., 1] = math.nan
+    loss = losses.pseudo_label_loss(logits, rows([0, 0]), rows([True, False]))
+    assert loss.item() == pytest.approx(nl(.9) / 2)
+
+
 # ---- Void and precision ----
 
 
@@ -514,11 +552,22 @@ def test_ema_of_three_steps_in_place():
     (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, affine=False)]),
     (ValueError, "ema_update", [torch.nn.BatchNorm1d(3, affine=False), torch.nn.BatchNorm1d(3)]),
     (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(3, track_running_stats=False)]),
-    (RuntimeError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2)]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(2)]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(1)]),  # would be broadcast
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3).bfloat16(), torch.nn.BatchNorm1d(3)]),
+    (ValueError, "ema_update", [torch.nn.BatchNorm1d(3).half(), torch.nn.BatchNorm1d(3).half()]),
     (IndexError, "cross_entropy", [scores([.9]), rows([2])]),
     (IndexError, "pseudo_label_loss", [scores([.9]), rows([255]), rows([True])]),
-    (RuntimeError, "pseudo_label_loss", [scores([.9]), rows([0]), rows([1])]),
-    (RuntimeError, "pseudo_label_loss", [scores([.9, .9]), rows([0, 0]), rows([True, True, True])]),
+    (ValueError, "pseudo_label_loss", [scores([.9]), rows([0]), rows([1])]),
+    (ValueError, "pseudo_label_loss", [scores([.9]), rows([0]), rows([.7])]),
+    (ValueError, "pseudo_label_loss", [scores([.9, .9]), rows([0, 0]), rows([True, True, True])]),
+    (ValueError, "pseudo_label_loss", [scores([.9, .9]), rows([0, 0]), rows([True, True])[:, None]]),
+    (ValueError, "contrastive_loss", [EAST, AXES, labels(-1), labels(4, 5)]),
+    (ValueError, "contrastive_loss", [EAST, AXES, labels(4), labels(4, -100)]),
+    (ValueError, "contrastive_loss", [EAST, AXES, labels(4, 5), labels(4, 5)]),
+    (ValueError, "contrastive_loss", [EAST, AXES, labels(4), labels(4)]),
+    (ValueError, "contrastive_loss", [EAST[:, :, None], AXES, labels(4), labels(4, 5)]),
+    (ValueError, "contrastive_loss", [EAST, AXES[None], labels(4), labels(4, 5)]),
 ])
 def test_wrong_arguments_are_refused(error, name, args):
     with pytest.raises(error):
