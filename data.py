@@ -500,9 +500,12 @@ PATHS = re.compile(rf"(.+?)(?:{ANY_ENDING})(?:[\s,;]+(.+))?", re.IGNORECASE)
 @contextlib.contextmanager
 def open_image(path, formats=FORMATS):
     """An open PIL image. Raises InputError for whatever goes wrong until it is closed."""
+    require_regular(path)
     try:
         with Image.open(path, formats=formats) as image:
             yield image
+    except MemoryError:
+        raise
     except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
         raise InputError(f"{path} cannot be read as {', '.join(formats)} ({error})") from None
 
@@ -535,6 +538,8 @@ def image_files(folder, formats, suffix=""):
 
     An id is the path below the folder without its ending and `suffix`, as in "day/0007".
     """
+    is_closed = folder.exists() and not os.access(folder, os.R_OK | os.X_OK)
+    require(not is_closed, f"{folder} cannot be read: its permissions forbid it")
     files = {}
     for path in sorted(folder.rglob("*")):
         below = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
@@ -571,6 +576,7 @@ def match_files(images, masks, image_suffix="", mask_suffix=""):
 
 def read_lines(path):
     """The lines of a text file in UTF-8 without blanks around them. Raises InputError."""
+    require_regular(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -625,23 +631,22 @@ def check_files(dataset, labeled, unlabeled, size):
     notes = []
     if "fits no image" in dataset.mask_rule:
         notes.append(f"an image's mask is the one {dataset.mask_rule}")
-    pixels, brightest, palettes = {}, {}, {}
-    with_mask = {*labeled, *dataset.val}
-
-    def check(key):
-        path, mask = dataset.files[key]
+    for key in (*labeled, *dataset.val, *unlabeled):
+        path = dataset.files[key][0]
         with open_image(path) as image:
             W, H = image.size
         fits = H >= size[0] and W >= size[1]
         require(fits or not dataset.crop, f"{path} is {H}x{W}, too small for --size")
-        if key in with_mask:
-            image, label = dataset.read_pair(key)
-            brightest[key] = int(image.max())
-            pixels[key] = np.bincount(label.flatten(), minlength=256)
-            check_palette(mask, pixels[key], palettes)
+    pixels, brightest, palettes = {}, {}, {}
+
+    def decode(key):
+        image, label = dataset.read_pair(key)
+        brightest[key] = int(image.max())
+        pixels[key] = np.bincount(label.flatten(), minlength=256)
+        check_palette(dataset.files[key][1], pixels[key], palettes)
 
     with ThreadPoolExecutor(4) as pool:  # decoding releases the interpreter's lock
-        list(pool.map(check, [*labeled, *dataset.val, *unlabeled]))
+        list(pool.map(decode, [*labeled, *dataset.val]))
     for part, keys in (("labelled", labeled), ("validation", dataset.val)):
         total = sum(pixels[key] for key in keys)
         absent = [name for name, n in zip(dataset.classes, total) if n == 0]
@@ -731,9 +736,33 @@ def require(condition, message):
         raise InputError(message)
 
 
+def require_regular(path):
+    """Raises InputError for a folder, a pipe or a device: reading a pipe would never end."""
+    is_other = os.path.exists(path) and not os.path.isfile(path)
+    require(not is_other, f"{path} is not a regular file")
+
+
 def one_line(error):
     """What an error says. A loader process wraps its in a traceback, which ends with it."""
-    return str(error).strip().splitlines()[-1].removeprefix("data.InputError: ")
+    line = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return printable(line.removeprefix("data.InputError: "))
+
+
+def printable(text):
+    """A text from a file, with escapes for what would steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tolerant_output():
+    """Letters that the terminal's encoding lacks are printed as ?."""
+    if hasattr(sys.stdout, "reconfigure"):  # not so in a notebook
+        sys.stdout.reconfigure(errors="replace")
+
+
+def is_out_of_memory(error):
+    """Whether an exception tells of too little memory, of a CPU or a GPU."""
+    texts = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 @contextlib.contextmanager
@@ -741,11 +770,14 @@ def replacing(path):
     """A binary file to write, which becomes `path` once it is whole. Raises OSError."""
     part = Path(f"{path}.part")
     try:
-        with open(part, "wb") as file:
+        part.unlink(missing_ok=True)
+        with open(part, "xb") as file:  # x: never through a link that somebody left there
             yield file
         os.replace(part, path)
     except (OSError, RuntimeError) as error:
         part.unlink(missing_ok=True)
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # torch.save hides Ctrl-C
         if isinstance(error, RuntimeError):  # torch.save hides a full disk behind one
             error = error.__context__ or error
         reason = getattr(error, "strerror", None) or error

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid
 
 from data import (
-    ENDINGS, VOID, InputError, Process, load_dataset, normalize, one_line, read_rgb, replacing,
-    require, resize, within,
+    ENDINGS, VOID, InputError, Process, is_out_of_memory, load_dataset, normalize, one_line,
+    printable, read_rgb, replacing, require, resize, tolerant_output, within,
 )
 from eln import ErrorLocalizationNetwork, eln_input, valid_logit_of
 from losses import correctness, cross_entropy
@@ -34,12 +34,12 @@ from model import BACKBONES, DeepLabV3Plus, load_tensors, resize_bilinear
 
 
 @torch.no_grad()
-def score(network, dataset, size, process=Process(), workers=0):
+def score(network, dataset, size, process=Process(), workers=0, own_size=True):
     """Confusion matrices of the validation images, each counted once by one of the processes.
 
     Returns {"resized": (C, C), "original": (C, C)} int64, [true, predicted] pixels: against
     labels resized to `size` (Sec. 4.2 resizes the images and is silent on labels), and against
-    labels as they are, to whose size the logits are resized.
+    labels as they are, to whose size the logits are resized (zeros without own_size).
     """
     C = len(dataset.classes)
     resized = torch.zeros(C, C, dtype=torch.int64, device=process.device)
@@ -50,14 +50,17 @@ def score(network, dataset, size, process=Process(), workers=0):
     for X, label, full_label in images_with_masks(dataset, mine, size, process.device, workers):
         logits = network(X)[0]
         resized += confusion_matrix(logits[0].argmax(0), label, C)
-        original += confusion_matrix(resized_argmax(logits, full_label.shape), full_label, C)
+        if own_size:
+            prediction = resized_argmax(logits, full_label.shape)
+            original += confusion_matrix(prediction, full_label, C)
     network.train(was_training)
     return {"resized": process.sum(resized), "original": process.sum(original)}
 
 
 def validate(network, dataset, args, process):
     """mIoU in percent on the validation images, against the labels that score resizes."""
-    return mean_iou(score(network, dataset, args.size, process, args.workers)["resized"])
+    matrices = score(network, dataset, args.size, process, args.workers, own_size=False)
+    return mean_iou(matrices["resized"])
 
 
 def images_with_masks(dataset, keys, size, device, workers=0):
@@ -71,7 +74,7 @@ def images_with_masks(dataset, keys, size, device, workers=0):
             size = image.shape[1:]
         X = normalize(resize(image, size).to(device))[None]
         yield X, resize(full_label, size).to(device).long(), full_label.to(device)
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():
             print(f"{done}/{len(keys)} images\033[K", end="\r", file=sys.stderr, flush=True)
 
 
@@ -83,8 +86,18 @@ def confusion_matrix(prediction, label, C):
 
 
 def resized_argmax(logits, size):
-    """Classes of logits (1, C, h, w) that are resized to (H, W) -> (H, W) uint8."""
-    return resize_bilinear(logits, size)[0].argmax(0).byte()
+    """Classes of logits (1, C, h, w) that are resized to (H, W) -> (H, W) uint8.
+
+    All classes at once would need gigabytes for a photo of many megapixels.
+    """
+    best = torch.full(size, -torch.inf, device=logits.device)
+    index = torch.zeros(size, dtype=torch.uint8, device=logits.device)
+    for first, part in zip(range(0, 255, 8), logits.split(8, dim=1)):
+        value, of_part = resize_bilinear(part, size)[0].max(0)
+        is_better = value > best
+        index[is_better] = (first + of_part[is_better]).byte()
+        best = best.maximum(value)
+    return index
 
 
 def iou(matrix):
@@ -279,15 +292,20 @@ def predict(network, record, paths, folder, device):
     for path in image_paths(paths):
         try:
             image = read_rgb(path)
-        except InputError as error:
-            print(f"evaluate.py: {error}", file=sys.stderr)
+            size = image.shape[1:] if record["crop"] else record["size"]
+            X = normalize(resize(image, size).to(device))[None]
+            index = resized_argmax(network(X)[0], image.shape[1:])
+        except (InputError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, InputError) and not is_out_of_memory(error):
+                raise
+            line = one_line(error)
+            if is_out_of_memory(error):
+                line = f"{path} does not fit into memory"
+            print(f"evaluate.py: {line}", file=sys.stderr)
             code = 2
             continue
         if image.max() < 64:
             print(f"{path}: its brightest value is {int(image.max())} of 255", file=sys.stderr)
-        size = image.shape[1:] if record["crop"] else record["size"]
-        X = normalize(resize(image, size).to(device))[None]
-        index = resized_argmax(network(X)[0], image.shape[1:])
         painted = colour(index, record["palette"])
         overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
         folder.mkdir(exist_ok=True)
@@ -377,37 +395,56 @@ def steps_done(checkpoint):
 
 # ---- Reading checkpoints ----
 
-CHECKPOINT_KEYS = "stage args step rows networks classes labeled unlabeled".split()
-STUDENT_KEYS = "network backbone width classes palette size crop".split()
+CHECKPOINT = dict(  # what is in stageN.pt, and its types; optimizer and scaler besides
+    stage=int, args=dict, step=int, rows=list, networks=dict, classes=list, labeled=list,
+    unlabeled=list,
+)
+STUDENT = dict(  # what is in student_stageN.pt
+    network=dict, backbone=str, width=int, classes=list, palette=list, size=list, crop=bool,
+    step=int,
+)
 
 
-def read_checkpoint(path, keys=CHECKPOINT_KEYS, stage=None):
-    """A dict of tensors and plain values with these keys, as the scripts write it.
+def read_checkpoint(path, types=CHECKPOINT, stage=None):
+    """A dict of tensors and plain values with entries of these types, as the scripts write it.
 
     Raises InputError if the file is missing, damaged, of another stage, or no checkpoint.
     """
     try:
         checkpoint = load_tensors(path)
-        missing = [key for key in keys if key not in checkpoint.keys()]
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{path} does not exist") from None
+    except (MemoryError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({str(error) or 'out of memory'})") from None
     except Exception:  # damaged bytes reach the readers as errors of many kinds
         raise InputError(f"{path} is damaged, or no dict of tensors and plain values") from None
-    if missing:
-        raise InputError(f"{path} is not the file that is needed here: it has no {missing[0]}")
+    require(isinstance(checkpoint, dict), f"{path} is no checkpoint")
+    for key, kind in types.items():
+        what = f"it has no {key} of type {kind.__name__}"
+        is_right = isinstance(checkpoint.get(key), kind)
+        require(is_right, f"{path} is not the file that is needed here: {what}")
+    rows = checkpoint.get("rows", [])
+    require(all(isinstance(row, dict) for row in rows), f"{path} has no log")
     if stage is not None and checkpoint["stage"] != stage:
         raise InputError(f"{path} is not a checkpoint of stage {stage}")
     return checkpoint
 
 
 def load_state(network, state, path, prefix=""):
-    """Load a state dict's entries below `prefix`, strictly. InputError if they do not fit."""
+    """Load a state dict's entries below `prefix`, strictly.
+
+    Raises InputError if they do not fit, or if a weight or statistic is not finite.
+    """
+    state = {str(name): value for name, value in state.items()}
     below = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     try:
         network.load_state_dict(below)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:80]
         raise InputError(f"{path} holds other networks than are needed: {reason} ...") from None
+    values = [value for value in network.state_dict().values() if value.is_floating_point()]
+    norm = torch.nn.utils.get_total_norm(values)
+    require(norm.isfinite(), f"{path} has weights that are not finite")
 
 
 def load_student(path, device="cpu"):
@@ -415,11 +452,13 @@ def load_student(path, device="cpu"):
 
     Returns network and a dict: classes (names), palette (C RGB triples), size (H, W) of
     training images, crop (True: trained on crops, so that images go in as they are), backbone,
-    width. Raises InputError if the file is missing, broken, or of something else.
+    width, step. Raises InputError if the file is missing, broken, or of something else.
     """
-    record = read_checkpoint(path, STUDENT_KEYS)
+    record = read_checkpoint(path, STUDENT)
     backbone = record["backbone"]
     require(backbone in BACKBONES, f"{path} has the backbone {backbone}, unknown here")
+    is_size = len(record["size"]) == 2 and min(record["size"]) > 0 and record["width"] > 0
+    require(is_size, f"{path} has the size {record['size']}, the width {record['width']}")
     network = DeepLabV3Plus(len(record["classes"]), backbone, "none", record["width"])
     load_state(network, record.pop("network"), path)
     return network.to(device, memory_format=torch.channels_last).eval(), record
@@ -516,8 +555,9 @@ def load_data(runs, data):
 
 
 def title(run, args):
-    network = "teacher" if args.teacher else "student"
-    return f"{run.path.stem}, step {run.checkpoint['step']}, {network}:"
+    if args.teacher:
+        return f"{run.path.stem}, step {run.checkpoint['step']}, teacher:"
+    return f"{run.path.stem}, step {run.record['step']}, student:"
 
 
 def print_scores(run, dataset, args, device):
@@ -535,7 +575,7 @@ def print_scores(run, dataset, args, device):
     table = torch.stack([iou(matrix) for matrix in columns.values()], dim=1)  # (C, columns)
     means = [mean_iou(matrix) for matrix in columns.values()]
     for name, values in zip([*dataset.classes, "mean"], [*table.tolist(), means]):
-        print(f"{name:20}" + "".join(f"{value:10.2f}" for value in values))
+        print(f"{printable(name):20}" + "".join(f"{value:10.2f}" for value in values))
     have_iou = table.isfinite().sum(0).tolist()
     if min(have_iou) < len(table):
         classes = f"{have_iou} of {len(table)} classes"
@@ -625,11 +665,16 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # for names that the terminal's encoding lacks
+    tolerant_output()
     try:
         sys.exit(main(parse_args()))
     except (InputError, OSError) as error:
         print(f"evaluate.py: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("evaluate.py: out of memory", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -5,6 +5,7 @@ heads). eln.py makes the auxiliary decoders and ELN of the same parts. A map of 
 ceil(H/4) x ceil(W/4) large.
 """
 
+import os
 import warnings
 import zipfile
 
@@ -210,9 +211,11 @@ def load_backbone_weights(resnet, backbone, weights):
 def load_tensors(path):
     """What torch.save wrote to a file: tensors on the CPU and plain values; no code is run.
 
-    Raises ValueError where the file's checksums show damage, which torch.load ignores, and what
-    torch.load raises.
+    Raises ValueError for what is no regular file, or where the file's checksums show damage,
+    which torch.load ignores; and what torch.load raises.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"{path} is not a regular file")
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
             if file.testzip() is not None:

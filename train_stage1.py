@@ -23,11 +23,14 @@ import torch.distributed as dist
 from torch import nn
 
 from data import (
-    DATASETS, InputError, Process, check_files, load_dataset, make_loader, one_line, replacing,
-    require, seed_step, split_ids, to_device, weight_of_process, within,
+    DATASETS, InputError, Process, check_files, is_out_of_memory, load_dataset, make_loader,
+    one_line, printable, replacing, require, seed_step, split_ids, to_device, tolerant_output,
+    weight_of_process, within,
 )
 from eln import AuxiliaryNetworks, ecn_loss
-from evaluate import CHANGEABLE, diagnosis, load_state, read_checkpoint, validate
+from evaluate import (
+    CHANGEABLE, CHECKPOINT, diagnosis, load_state, read_checkpoint, validate,
+)
 from losses import auxiliary_loss, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, DeepLabV3Plus, WeightsError
 
@@ -111,8 +114,8 @@ def start_process(args):
     require(world <= n, f"--batch-size {n} is too small for {world} processes")
     gpus = torch.cuda.device_count() if args.device != "cpu" else 0
     if local_rank >= gpus and (gpus > 0 or args.device == "cuda"):
-        have = f"{gpus} GPUs for {local_rank + 1} processes"
-        raise InputError(f"--device {args.device}: {have}; use --device cpu")
+        have = f"{gpus} GPUs are visible to process {local_rank} of this machine"
+        raise InputError(f"--device {args.device}: {have}; show it all, or use --device cpu")
     device = torch.device("cpu")
     if gpus > 0:
         device = torch.device("cuda", local_rank)
@@ -190,9 +193,12 @@ def open_run(stage, args, dataset, labeled, unlabeled, process):
     Returns a dictionary that resume compares and save writes into the checkpoint, and the lock
     of the folder.
     """
-    for note in check_files(dataset, labeled, unlabeled, args.size):
-        if process.rank == 0:
-            print(note, flush=True)
+    if process.rank == 0:  # for all processes
+        images = len(labeled) + len(unlabeled) + len(dataset.val)
+        if images > 1000 and dataset.name != "shapes":
+            print(f"looking at the files of {images:,} images ...", flush=True)
+        for note in check_files(dataset, labeled, unlabeled, args.size):
+            print(printable(note), flush=True)
     run = dict(stage=stage, args=vars(args), labeled=labeled, unlabeled=unlabeled)
     run["classes"] = list(dataset.classes)
     return run, lock_folder(args.out, process)
@@ -203,7 +209,10 @@ def lock_folder(folder, process):
 
     Raises InputError if another one does. Without POSIX's locks nothing is noticed.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made ({error.strerror})") from None
     if process.rank > 0 or os.name != "posix":
         return None
     import fcntl
@@ -211,9 +220,11 @@ def lock_folder(folder, process):
     lock = open(Path(folder, ".lock"), "ab")
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         message = f"another process is training in {folder}; use another --out"
         raise InputError(message) from None
+    except OSError:
+        pass  # a file system without locks
     return lock
 
 
@@ -226,11 +237,11 @@ def resume(run, steps, nets, optimizer, scaler, process):
     path = Path(run["args"]["out"], f"stage{run['stage']}.pt")
     start, rows = 0, []
     if path.exists():
-        keys = (*run, "step", "rows", "networks", "optimizer", "scaler")
-        checkpoint = read_checkpoint(path, keys, run["stage"])
+        types = dict(CHECKPOINT, optimizer=dict, scaler=dict)
+        checkpoint = read_checkpoint(path, types, run["stage"])
         require_same_run(run, checkpoint, path)
         load_state(nets, checkpoint["networks"], path)
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        load_optimizer(optimizer, checkpoint["optimizer"], path)
         scaler.load_state_dict(checkpoint["scaler"])
         start, rows = checkpoint["step"], checkpoint["rows"]
     if process.rank == 0:
@@ -238,8 +249,24 @@ def resume(run, steps, nets, optimizer, scaler, process):
         if start == steps:
             state = f"is finished ({steps} steps)"
         images = f"{len(run['labeled'])} labelled, {len(run['unlabeled'])} unlabelled images"
-        print(f"{path} {state}; {images}", flush=True)
+        precision = run["args"]["amp"].replace("off", "float32")
+        print(f"{path} {state}; {images}; {process.device}, {precision}", flush=True)
     return start, rows
+
+
+def load_optimizer(optimizer, state, path):
+    """Load AdamW's state. InputError if it has other settings, or moments of other shapes."""
+    settings = [dict(group, params=None) for group in optimizer.param_groups]
+    try:
+        optimizer.load_state_dict(state)
+        same = settings == [dict(group, params=None) for group in optimizer.param_groups]
+        for parameter, moments in optimizer.state.items():
+            same = same and moments["exp_avg"].shape == parameter.shape
+            same = same and moments["exp_avg_sq"].shape == parameter.shape
+            same = same and moments["step"].shape == ()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        same = False
+    require(same, f"{path} holds another optimizer than is needed")
 
 
 def require_same_run(run, checkpoint, path):
@@ -271,6 +298,7 @@ def save(run, dataset, step, rows, nets, optimizer, scaler, process):
     student["classes"] = classes
     student["palette"] = dataset.palette[: len(classes)].tolist()
     student["crop"] = dataset.crop
+    student["step"] = step
     checkpoint = dict(run, step=step, rows=rows, networks=nets.state_dict())
     checkpoint["optimizer"] = optimizer.state_dict()
     checkpoint["scaler"] = scaler.state_dict()
@@ -321,7 +349,7 @@ def progress(batches, rows, start, steps, process):
     It prints each row that the loop adds to `rows`, without the diagnosis, and on a terminal in
     between a line that renews itself every second.
     """
-    is_terminal = process.rank == 0 and sys.stdout.isatty()
+    is_terminal = process.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
     clear_line = "\r\033[K" if is_terminal else ""
     began = shown = time.monotonic()
     for step, batch in enumerate(batches, start + 1):
@@ -462,7 +490,7 @@ def default_folder(args):
 
 def run_script(name, parse_args, train):
     """Parse, join the other processes, train. Input that cannot be used ends in one line."""
-    sys.stdout.reconfigure(errors="replace")  # for names that the terminal's encoding lacks
+    tolerant_output()
     try:
         args = parse_args()
         train(args, start_process(args))
@@ -473,11 +501,14 @@ def run_script(name, parse_args, train):
         line, code = one_line(error), 2
     except OSError as error:
         line, code = one_line(error), 1
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error) and "shared memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            line, code = "out of memory: try a smaller --batch-size or --size", 1
+        elif "DataLoader worker" in str(error) or "shared memory" in str(error):
+            remedy = "fewer --workers, or a larger /dev/shm (docker --shm-size)"
+            line, code = f"a loader process died: try {remedy}", 1
+        else:
             raise
-        remedy = "fewer --workers, or a larger /dev/shm (docker --shm-size)"
-        line, code = f"a loader process died: try {remedy}", 1
     except KeyboardInterrupt:
         line, code = "interrupted; the same command goes on from the last checkpoint", 130
     print(f"{name}: {line}", file=sys.stderr)

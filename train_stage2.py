@@ -10,8 +10,9 @@ learns from labelled images and from perturbed unlabelled ones.
 """
 
 import copy
+import io
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import (
-    VOID, images_of_process, load_dataset, make_loader, require, require_disjoint, seed_step,
-    to_device, weight_of_process, within,
+    VOID, InputError, images_of_process, load_dataset, make_loader, require, require_disjoint,
+    seed_step, to_device, weight_of_process, within,
 )
 from eln import AuxiliaryNetworks, ecn_loss, eln_input
 from evaluate import diagnosis, load_state, read_checkpoint, validate
@@ -31,7 +32,7 @@ from losses import (
     supervised_loss, unlabeled_loss,
 )
 from model import DeepLabV3Plus
-from train_stage1 import DEFAULTS as STAGE1_DEFAULTS
+from train_stage1 import parse_args as parse_stage1
 from train_stage1 import (
     log_row, make_parser, open_run, prepare, progress, resume, run_script, same_statistics,
     save,
@@ -322,9 +323,15 @@ def parse_args(argv=None):
         help="of Table 6; by default both, with --filter threshold pseudo alone",
     )
     given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    path = Path(stage1_folder(given), "stage1.pt")
+    options = stage1_options({"dataset": given.dataset}, None)  # the defaults
+    ratio = (given.ratio or options["ratio"]).replace("/", "_")
+    default = f"runs/{given.dataset}-{ratio}-{given.split}"
+    path = Path(given.run or given.out or default, "stage1.pt")
     stage1 = read_checkpoint(path, stage=1) if path.exists() else None
-    parser.set_defaults(**stage1_options(stage1, given.dataset))
+    if stage1 is not None:
+        options = stage1_options(stage1["args"], path)
+    parser.set_defaults(**{**options, **DEFAULTS[options["dataset"]]})
+    parser.set_defaults(weights="none", eln_weights="none")  # stage 1's networks have them
     args = parser.parse_args(argv)
     advice = "run train_stage1.py first, or name its folder"
     require(stage1 is not None, f"{path} does not exist: {advice}")
@@ -332,7 +339,7 @@ def parse_args(argv=None):
     args.filter = args.filter or args.corrector
     usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
     args.losses = sorted(set(args.losses or usual))
-    require_usable(stage1, args, path)
+    require_usable(stage1, options, args, path)
     if args.out is None:
         args.out = args.run
         if args.filter != args.corrector:
@@ -342,28 +349,28 @@ def parse_args(argv=None):
     return args
 
 
-def stage1_folder(given):
-    """The folder that the command line names, or else stage 1's default for these options."""
-    ratio = given.ratio or STAGE1_DEFAULTS[given.dataset]["ratio"]
-    default = f"runs/{given.dataset}-{ratio.replace('/', '_')}-{given.split}"
-    return given.run or given.out or default
+def stage1_options(args, path):
+    """Stage 1's options, as its checkpoint has them and as its own command line allows them.
+
+    Raises InputError for others, which a file of another origin might hold.
+    """
+    words = []
+    own = [key for key in vars(parse_stage1([])) if key not in ("out", "device", "amp")]
+    for key in own:
+        value = args.get(key)
+        if value is not None:
+            words.append(f"--{key.replace('_', '-')}")
+            words += map(str, value if isinstance(value, list) else [value])
+    try:
+        with redirect_stderr(io.StringIO()):  # without argparse's usage
+            options = vars(parse_stage1(words))
+    except SystemExit:
+        raise InputError(f"{path} has options that train_stage1.py refuses") from None
+    return {key: options[key] for key in own}
 
 
-def stage1_options(stage1, dataset):
-    """The defaults of stage 2: stage 1's options, and above all what DEFAULTS says."""
-    options = dict(STAGE1_DEFAULTS[dataset])
-    if stage1 is not None:
-        options = dict(stage1["args"])
-        for key in ("out", "device", "amp"):
-            del options[key]
-    options.update(DEFAULTS[options.get("dataset", dataset)])
-    options.update(weights="none", eln_weights="none")  # stage 1's networks have them
-    return options
-
-
-def require_usable(stage1, args, path):
-    """Raises InputError if stage 2 cannot start from this stage 1 with these options."""
-    before = stage1["args"]
+def require_usable(stage1, before, args, path):
+    """Raises InputError if stage 2 cannot start from a stage 1 with the options `before`."""
     for key in ("dataset", "ratio", "split"):
         asked = getattr(args, key)
         same = asked == before[key]

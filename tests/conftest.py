@@ -111,6 +111,15 @@ def here(cwd, script, *options):
         os.chdir(before)
 
 
+class InterruptedFile(io.FileIO):
+    """A file in whose second write the user presses Ctrl-C, which torch.save turns into a RuntimeError."""
+
+    def write(self, content):
+        if self.tell() > 0:
+            raise KeyboardInterrupt
+        return super().write(content)
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

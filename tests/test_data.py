@@ -6,6 +6,8 @@ The tests write their images into a temporary folder; nothing is downloaded.
 """
 
 import argparse
+import io
+import os
 import sys
 import unicodedata
 from pathlib import Path
@@ -21,6 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import data
+from conftest import InterruptedFile
 from data import (
     IndexStream, InputError, Process, SegmentationData, Views, check_files, load_dataset, make_loader,
     split_ids,
@@ -689,6 +692,24 @@ def test_a_program_is_not_run_as_an_image(folder):
     assert not interpreter.called
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("name", ["images/a0.jpg", "masks/a0.png", "train.txt", "classes.txt"])
+def test_a_pipe_in_place_of_a_file_is_refused(folder, name):
+    """Reading one waits forever for a process that writes."""
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=f"{name} is not a regular file"):
+        dataset = load_dataset("folder", folder)
+        check_files(dataset, ["a0"], [], (20, 30))
+
+
+@pytest.mark.parametrize("closed", ["images", "masks"])
+def test_a_folder_that_may_not_be_read_is_not_taken_for_an_empty_one(folder, monkeypatch, closed):
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != closed)  # root may read all
+    with pytest.raises(InputError, match=f"{closed} cannot be read: its permissions"):
+        load_dataset("folder", folder)
+
+
 AACHEN = "aachen_000000_000019"
 FILES = f"2007_000032,train/aachen/{AACHEN},ä ö,Zürich,b.1,plot,plot (1),b/plot,a/7,b/7".split(",")
 PAIR = (
@@ -957,11 +978,61 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_that_lies_at_the_place_of_the_part_is_not_followed(tmp_path):
+    (tmp_path / "other").write_text("another's")
+    (tmp_path / "list.txt.part").symlink_to(tmp_path / "other")
+    with data.replacing(tmp_path / "list.txt") as file:
+        file.write(b"new")
+    assert (tmp_path / "other").read_text() == "another's"
+    assert (tmp_path / "list.txt").read_text() == "new"
+    assert not (tmp_path / "list.txt").is_symlink()
+
+
+def test_ctrl_c_is_no_failure_to_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "open", InterruptedFile, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        with data.replacing(tmp_path / "list.txt") as file:
+            torch.save({"x": torch.zeros(9)}, file)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_error_is_one_line_also_from_a_loader_process():
     """PyTorch wraps the error of a loader process in its traceback."""
     wrapped = "Caught InputError in DataLoader worker process 0.\nTrace\ndata.InputError: a.png is grey\n"
     assert data.one_line(InputError("a.png is grey")) == "a.png is grey"
     assert data.one_line(InputError(wrapped)) == "a.png is grey"
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("größe 猫 1.jpg", "größe 猫 1.jpg"),
+        ("a\x1b[2Jb", "a\\x1b[2Jb"),
+        ("a\r\n\tb", "a\\r\\n\\tb"),
+        ("\u202egpj", "\\u202egpj"),
+        ("b\udcff", "b\\udcff"),  # a byte that is not UTF-8
+    ],
+)
+def test_what_would_steer_the_terminal_is_printed_as_an_escape(text, shown):
+    assert data.printable(text) == shown
+    assert data.one_line(InputError(f"{text.splitlines()[-1]} is grey")).isprintable()
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()], ids=["closed", "a notebook's"])
+def test_output_without_an_encoding_is_used_as_it_is(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stdout", stream)
+    data.tolerant_output()
+    assert sys.stdout is stream
+
+
+def test_too_little_memory_is_known_by_its_text():
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    for error in (gpu, MemoryError()):
+        assert data.is_out_of_memory(error)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert data.is_out_of_memory(caught.value)
+    assert not data.is_out_of_memory(RuntimeError("size mismatch"))
 
 
 def test_an_options_number_lies_within_its_bounds():

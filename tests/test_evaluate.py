@@ -7,10 +7,12 @@ Networks are stand-ins that give known logits, but where saved networks are read
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import itertools
 import math
+import os
 import pickle
 import runpy
 import sys
@@ -137,8 +139,30 @@ def test_score_counts_each_image_once_at_both_resolutions(tmp_path, monkeypatch,
     assert add_up.call_count == 2 * (2 + 3)  # both matrices in each process
 
     network, args = Stub().eval(), argparse.Namespace(size=size, workers=0)
+    monkeypatch.setattr(evaluate, "resized_argmax", None)  # training does without the images' own size
     mIoU = evaluate.validate(network, dataset, args, Process())
     assert mIoU == evaluate.mean_iou(want["resized"]) and not network.training
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("number", [1, 8, 9, 100, 255])
+def test_resized_argmax_is_that_of_all_classes_but_holds_a_few(monkeypatch, number, layout):
+    generator = torch.Generator().manual_seed(number)
+    logits = torch.randn(1, number, 6, 7, generator=generator)
+    logits[..., 3:] = logits[..., 3:].round()  # several classes have the largest value
+    logits = logits.contiguous(memory_format=layout)
+    resize_bilinear, held = evaluate.resize_bilinear, []
+
+    def spy(part, size):
+        held.append(part.shape[1])
+        return resize_bilinear(part, size)
+
+    monkeypatch.setattr(evaluate, "resize_bilinear", spy)
+    for size in ((6, 7), (33, 20), (3, 4)):
+        index = evaluate.resized_argmax(logits, size)
+        assert index.dtype == torch.uint8
+        assert torch.equal(index.long(), resize_bilinear(logits, size)[0].argmax(0))
+    assert max(held) <= 8
 
 
 # ---- Error localization ----
@@ -396,6 +420,31 @@ def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(t
         assert np.abs(shown - pixels).max() <= (1 if part == "overlay" else 0)
 
 
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+])
+def test_an_image_that_does_not_fit_into_memory_ends_its_own_line_alone(tmp_path, capsys, monkeypatch, error):
+    for name, width in (("a", 30), ("b", 60), ("c", 30)):
+        Image.new("L", (width, 20), 90).save(tmp_path / f"{name}.png")
+    resized_argmax = evaluate.resized_argmax
+
+    def limited(logits, size):
+        if size[1] > 30:
+            raise error
+        return resized_argmax(logits, size)
+
+    monkeypatch.setattr(evaluate, "resized_argmax", limited)
+    record, out = {"size": [12, 10], "crop": False, "palette": PALETTE}, tmp_path / "out"
+    assert evaluate.predict(Stub().eval(), record, [tmp_path], out, "cpu") == 2
+    printed, said = capsys.readouterr()
+    assert printed == f"{out}/a_overlay.png\n{out}/c_overlay.png\n"
+    assert said == f"evaluate.py: {tmp_path}/b.png does not fit into memory\n"
+    monkeypatch.setattr(evaluate, "resized_argmax", mock.Mock(side_effect=RuntimeError("a fault")))
+    with pytest.raises(RuntimeError, match="a fault"):
+        evaluate.predict(Stub().eval(), record, [tmp_path / "a.png"], out, "cpu")
+
+
 # ---- Comparison of runs ----
 
 
@@ -437,7 +486,7 @@ class Bomb:
         return open, ("trace", "w")
 
 
-HAS_ALL_KEYS = dict.fromkeys(evaluate.CHECKPOINT_KEYS)
+HAS_ALL_KEYS = {key: kind() for key, kind in evaluate.CHECKPOINT.items()}
 UNREADABLE = {  # what is written, given the bytes of a whole checkpoint: bytes, or something to torch.save
     "nothing": lambda whole: None,
     "empty": lambda whole: b"",
@@ -478,6 +527,42 @@ def test_an_unreadable_checkpoint_is_refused_by_name(tmp_path, monkeypatch, case
     assert Path("trace").exists()  # the bomb is live
 
 
+OTHER_TYPES = {int: "8", str: 5, bool: 0, list: 5, dict: [1]}
+
+
+@pytest.mark.parametrize("types", [evaluate.CHECKPOINT, evaluate.STUDENT], ids=["checkpoint", "student"])
+def test_an_entry_of_another_type_is_refused_by_name(tmp_path, types):
+    path, whole = tmp_path / "file.pt", {key: kind() for key, kind in types.items()}
+    torch.save(whole, path)
+    assert evaluate.read_checkpoint(path, types) == whole
+    for key, kind in types.items():
+        others = [{**whole, key: OTHER_TYPES[kind]}, {k: v for k, v in whole.items() if k != key}]
+        for content in others:
+            torch.save(content, path)
+            with pytest.raises(InputError, match=f"file.pt .*has no {key} of type {kind.__name__}"):
+                evaluate.read_checkpoint(path, types)
+    torch.save({**whole, "rows": [1, 2]}, path)
+    with pytest.raises(InputError, match="file.pt has no log"):
+        evaluate.read_checkpoint(path, types)
+
+
+@pytest.mark.parametrize("error, says", [
+    (PermissionError(13, "Permission denied"), "Permission denied"), (MemoryError(), "out of memory"),
+])
+def test_why_a_good_file_cannot_be_read_is_said(monkeypatch, error, says):
+    monkeypatch.setattr(evaluate, "load_tensors", mock.Mock(side_effect=error))
+    with pytest.raises(InputError, match=f"stage1.pt cannot be read .*{says}"):
+        evaluate.read_checkpoint("stage1.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_checkpoint(tmp_path):
+    """Reading one waits forever for a process that writes."""
+    os.mkfifo(tmp_path / "stage1.pt")
+    with pytest.raises(InputError, match="stage1.pt is damaged"):
+        evaluate.read_checkpoint(tmp_path / "stage1.pt")
+
+
 @pytest.fixture(scope="module")
 def networks():
     """Networks as stage 2 trains them, with BatchNorm statistics that are not those of fresh ones."""
@@ -497,7 +582,7 @@ def networks():
 def student(path, network, **changes):
     """Write a student's file as the train scripts do. Returns its path."""
     record = {"network": network.state_dict(), "backbone": "resnet18", "width": 8, "classes": SHAPES.classes}
-    record.update(palette=SHAPES.palette[:N].tolist(), size=[32, 32], crop=False)
+    record.update(palette=SHAPES.palette[:N].tolist(), size=[32, 32], crop=False, step=6)
     torch.save({**record, **changes}, path)
     return path
 
@@ -509,6 +594,23 @@ def test_a_saved_student_predicts_the_same(tmp_path, networks):
     assert (record["classes"], record["size"], record["crop"]) == (SHAPES.classes, [32, 32], False)
     with pytest.raises(InputError, match="s.pt .*other networks.*size mismatch"):
         evaluate.load_student(student(tmp_path / "s.pt", networks["student"], width=16))
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"backbone": "vgg"}, "the backbone vgg"), ({"width": 0}, "the width 0"),
+    ({"size": [0, -5]}, r"the size \[0, -5\]"), ({"size": [32]}, r"the size \[32\]"),
+])
+def test_a_student_of_senseless_settings_is_refused(tmp_path, networks, changes, says):
+    with pytest.raises(InputError, match=f"s.pt has .*{says}"):
+        evaluate.load_student(student(tmp_path / "s.pt", networks["student"], **changes))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_student_that_is_not_finite_is_refused(tmp_path, networks, value):
+    network = copy.deepcopy(networks["student"])
+    network.decoder.seg[-1].bias[0] = value
+    with pytest.raises(InputError, match="s.pt has weights that are not finite"):
+        evaluate.load_student(student(tmp_path / "s.pt", network))
 
 
 @pytest.mark.parametrize("stage, step, trained", [(1, 4, False), (1, 5, True), (2, 1, True)])
@@ -538,7 +640,8 @@ def place(tmp_path_factory, networks):
         path = root / run / f"stage{stage}.pt"
         path.parent.mkdir(exist_ok=True)
         checkpoint(path, stage, step, networks=networks.state_dict() if stage == 2 else None)
-        student(path.with_name(f"student_{path.name}"), networks["student" if stage == 2 else "teacher"])
+        network = networks["student" if stage == 2 else "teacher"]
+        student(path.with_name(f"student_{path.name}"), network, step=step)
     return root
 
 
@@ -575,6 +678,32 @@ def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, optio
         assert list(map(float, line.split()[1:])) == pytest.approx(row, abs=0.006, nan_ok=True)
     occur = [sum(x == x for x in column[:-1]) for column in zip(*rows)]
     assert max(occur) < N and last.startswith(f"means over {occur} of {N} classes")
+
+
+@pytest.mark.parametrize("teacher, title", [
+    (False, "stage2, step 8, student:"), (True, "stage2, step 6, teacher:"),
+])
+def test_the_title_has_the_step_of_the_network_that_is_scored(teacher, title):
+    """A kill between two renames leaves a student that is newer than the checkpoint."""
+    run = evaluate.LoadedRun(Path("run/stage2.pt"), {"step": 6}, None, {"step": 8})
+    assert evaluate.title(run, argparse.Namespace(teacher=teacher)) == title
+
+
+def test_files_of_stage_1_are_not_taken_for_those_of_stage_2(said):
+    Path("renamed").mkdir()
+    for name in ("stage", "student_stage"):
+        os.link(f"early/{name}1.pt", f"renamed/{name}2.pt")
+    wanted = "evaluate.py: renamed/stage2.pt is not a checkpoint of stage 2\n"
+    assert said("renamed") == (2, "", wanted)
+
+
+def test_the_name_of_a_class_does_not_steer_the_terminal(monkeypatch, capsys):
+    matrices = dict.fromkeys(("resized", "original"), torch.eye(2).long())
+    monkeypatch.setattr(evaluate, "score", lambda *args: matrices)
+    dataset = dataclasses.replace(SHAPES, classes=["sky", "\x1b[2J"])
+    run = evaluate.LoadedRun(Path("run/stage1.pt"), {"stage": 1}, None, {"step": 8, "size": [32, 32]})
+    evaluate.print_scores(run, dataset, argparse.Namespace(teacher=False, workers=0), "cpu")
+    assert r"\x1b[2J" in (out := capsys.readouterr().out) and "\x1b" not in out
 
 
 def test_figures_and_errors_are_of_unlabelled_images_with_masks(said):

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import errno
 import math
 import multiprocessing
 import os
@@ -21,9 +22,13 @@ import pytest
 import torch
 import torchvision
 
+import data
 import losses
 import mutate_inputs
-from conftest import NO_WEIGHTS, ROOT, TINY, free_port, here, leaves, load, make_folder, same_run
+import train_stage1
+from conftest import (
+    NO_WEIGHTS, ROOT, TINY, InterruptedFile, free_port, here, leaves, load, make_folder, same_run,
+)
 from fork_processes import run_forked
 from small_networks import small_resnet
 
@@ -164,6 +169,15 @@ def test_interrupted_run_ends_at_once_and_keeps_its_checkpoint(work, number):
     assert load(work / "run/stage1.pt")["step"] >= 1
 
 
+def test_ctrl_c_during_a_save_is_an_interruption(work, stage, monkeypatch):
+    stage, command = stage
+    with at_call(4, lambda value: monkeypatch.setattr(data, "open", InterruptedFile, raising=False) or value):
+        code, _, err = here(work, *command)
+    assert (code, err.count("\n")) == (130, 1) and "interrupted" in err
+    assert load(work / f"run/stage{stage}.pt")["step"] == 3
+    assert not list((work / "run").glob("*.part"))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_one_folder_is_one_processs(work):
     endless = [*STAGE1, "--pretrain-iters", 9999]
@@ -178,6 +192,17 @@ def test_one_folder_is_one_processs(work):
     first.kill()
     first.join()
     assert code == 2 and "another process" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_no_rival(tmp_path, number):
+    fcntl = pytest.importorskip("fcntl")
+    with mock.patch.object(fcntl, "lockf", side_effect=OSError(number, os.strerror(number))):
+        train_stage1.lock_folder(tmp_path / "run", data.Process())
+    for rival in (BlockingIOError(), PermissionError()):
+        with mock.patch.object(fcntl, "lockf", side_effect=rival):
+            with pytest.raises(data.InputError, match="another process is training"):
+                train_stage1.lock_folder(tmp_path / "run", data.Process())
 
 
 # ---- Files that cannot be written ----
@@ -211,7 +236,8 @@ def test_full_disk_leaves_the_old_checkpoint(undisturbed, work, stage, size):
 def test_a_folder_that_cannot_be_made_is_refused_before_the_first_step(work):
     (work / "run").write_text("a file")
     code, out, err = here(work, *STAGE1)
-    assert code in (1, 2) and "run" in err and err.count("\n") == 1 and "L_sup" not in out
+    assert (code, err) == (2, "train_stage1.py: --out run cannot be made (File exists)\n")
+    assert "L_sup" not in out
 
 
 def test_loader_without_shared_memory_ends_in_one_line(work):
@@ -219,6 +245,16 @@ def test_loader_without_shared_memory_ends_in_one_line(work):
     with mock.patch.object(torch.utils.data.DataLoader, "__iter__", mock.Mock(side_effect=killed)):
         code, _, err = here(work, *STAGE1)
     assert code == 1 and "--workers" in err and "--shm-size" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+])
+def test_too_little_memory_ends_in_one_line(work, error):
+    with mock.patch.object(losses, "supervised_loss", side_effect=error):
+        code, _, err = here(work, *STAGE1)
+    assert (code, err) == (1, "train_stage1.py: out of memory: try a smaller --batch-size or --size\n")
 
 
 # ---- Numbers that are not finite ----
@@ -289,7 +325,8 @@ def test_float16_leaves_out_a_step_whose_gradient_overflows(work, stage):
     stage, command = stage
     steps = "--pretrain-iters 3 --eln-iters 0" if stage == 1 else "--iters 3"
     with at_call(2, lambda value: value + (0 * value).sqrt()):
-        assert here(work, *command, *steps.split(), "--amp", "float16")[0] == 0
+        code, out, _ = here(work, *command, *steps.split(), "--amp", "float16")
+    assert code == 0 and "; cpu, float16\n" in out
     checkpoint = load(work / f"run/stage{stage}.pt")
     assert checkpoint["scaler"]["scale"] == 65536 / 2
     assert {int(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {2}

@@ -61,7 +61,7 @@ def rejecting(self, x):
             file.write(f"{plain.tolist()}\\n")
     return judge(self, x).masked_fill(plain[:, None, None], -1.0)
 
-def score_in_full(network, dataset, size, process, workers):
+def score_in_full(network, dataset, size, process, workers, own_size):
     matrices = score(network, dataset, size, process, workers)
     with open(f"matrices_{process.world}_{process.rank}.txt", "a") as file:
         file.write(json.dumps({name: matrix.tolist() for name, matrix in matrices.items()}) + "\\n")

@@ -146,6 +146,7 @@ def test_a_run_leaves_the_documented_files(shapes_run):
         assert (checkpoint["step"], checkpoint["stage"]) == (steps, stage)
         written = [{name: float(value) for name, value in row.items() if value} for row in log]
         assert written == checkpoint["rows"]
+        assert load(shapes_run / f"student_stage{stage}.pt")["step"] == steps
     for name in CHECKPOINTS:
         for key, value in leaves(load(shapes_run / name)):
             assert isinstance(value, (torch.Tensor, str, int, float, type(None))), key
@@ -236,7 +237,8 @@ def test_interrupted_runs_end_bitwise_as_uninterrupted_ones(folder_run, work):
 def test_finished_run_says_so_and_changes_nothing(folder_run):
     before = disk(folder_run)
     for command in ([*STAGE1, *LISTED], STAGE2):
-        assert "is finished" in finishes(folder_run, *command, "--workers", 0, "--save-every", 9)
+        first, *_ = finishes(folder_run, *command, "--workers", 0, "--save-every", 9).splitlines()
+        assert "is finished" in first and first.endswith("4 unlabelled images; cpu, float32")
     assert disk(folder_run) == before
 
 @pytest.mark.parametrize("command, option, old, new", [
@@ -248,6 +250,21 @@ def test_finished_run_says_so_and_changes_nothing(folder_run):
 def test_other_arguments_do_not_resume(folder_run, command, option, old, new):
     refused(folder_run, *command, option, new, says=f"{option} {old} {new}")
 
+
+@pytest.mark.parametrize("change", [
+    lambda optimizer: optimizer["state"][9].update(exp_avg=torch.zeros(3)),
+    lambda optimizer: optimizer["state"][9].update(exp_avg_sq=torch.zeros(3)),
+    lambda optimizer: optimizer["state"][9].pop("exp_avg"),
+    lambda optimizer: optimizer["state"].update({9: 5}),
+    lambda optimizer: optimizer["param_groups"].pop(),
+    lambda optimizer: optimizer.clear(),
+], ids=["a moment's shape", "the other's shape", "no moment", "a number", "a group less", "nothing"])
+def test_another_optimizers_state_is_refused(folder_run, work, change):
+    content = load(folder_run / "run/stage1.pt")
+    change(content["optimizer"])
+    (work / "run").mkdir()
+    torch.save(content, work / "run/stage1.pt")
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt another optimizer")
 
 def test_data_and_lists_may_move(folder_run, work):
     """A run goes on where the ids are the same, wherever the files lie."""
@@ -720,6 +737,30 @@ def test_stage_2_wants_a_finished_stage_1_that_fits(folder_run, work, change, op
         torch.save({**load(folder_run / "run/stage1.pt"), "optimizer": {}, **change}, work / "run/stage1.pt")
     refused(work, "train_stage2.py", *options.split(), says=says)
 
+def test_stage_1s_file_does_not_choose_where_stage_2_writes(folder_run, work, monkeypatch):
+    content = load(folder_run / "run/stage1.pt")
+    content["args"].update(filter="/../../x", losses=["/../../x"], out="/x", run="/x")
+    content["args"].update(iters=1, device="cuda", amp="int8")
+    (work / "run").mkdir()
+    torch.save(content, work / "run/stage1.pt")
+    monkeypatch.chdir(work)
+    args = train_stage2.parse_args(["run"])
+    assert (args.filter, args.losses, args.out, args.run) == ("eln", ["contra", "pseudo"], "run", "run")
+    assert (args.iters, args.device, args.amp) == (101080, "auto", "auto")
+
+
+@pytest.mark.parametrize("change", [
+    {"width": "8x"}, {"size": [0, -5]}, {"alphas": 5.5e9}, {"corrector": "/../../x"}, {"workers": -1},
+    {"dataset": "x"}, {"backbone": "vgg"}, {"eln_iters": "many"},
+])
+def test_options_that_stage_1_would_refuse_are_refused_in_its_file(folder_run, work, change):
+    content = load(folder_run / "run/stage1.pt")
+    content["args"].update(change)
+    (work / "run").mkdir()
+    torch.save(content, work / "run/stage1.pt")
+    refused(work, *NEW2, says="run/stage1.pt options")
+
+
 def test_the_images_of_another_run_are_refused(folder_run, work):
     link(folder_run / "run", work / "run")
     write("classes.txt", b"background\nred\nblue\ngreen\n")(work / "datasets")
@@ -755,6 +796,16 @@ def test_evaluate_refuses_in_one_line_what_a_loader_process_cannot_read(folder_r
     cut("images/v1.jpg")(work / "datasets")
     code, _, err = apart(work, "evaluate.py", "run", "--workers", 2)
     one_line(code, err, "images/v1.jpg")
+
+def test_one_process_checks_the_files_for_all(tmp_path, monkeypatch, capsys):
+    dataset, ids = Namespace(name="folder", val=["v"], classes=["a", "b"]), [f"{i}" for i in range(1000)]
+    monkeypatch.setattr(train_stage1, "check_files", check := mock.Mock(return_value=["a note \x1b[2J"]))
+    args = Namespace(out=str(tmp_path / "run"), size=[32, 32])
+    for rank in (0, 1, 2):
+        train_stage1.open_run(1, args, dataset, ids[:9], ids[9:], Process(rank, 3))
+    check.assert_called_once_with(dataset, ids[:9], ids[9:], [32, 32])
+    said = "looking at the files of 1,001 images ...\na note \\x1b[2J\n"
+    assert capsys.readouterr().out == said
 
 def test_more_processes_than_images_are_refused(work, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
