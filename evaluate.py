@@ -286,35 +286,40 @@ def predict(network, record, paths, folder, device):
     """Segment images, and all images in folders, whatever their size. Returns the exit code.
 
     Writes STEM_class.png (class numbers), STEM_colour.png and STEM_overlay.png into `folder`.
-    A broken image does not end the others: its line goes to stderr, and the code is 2.
+    An image that is broken or too large does not end the others: its line goes to stderr, and
+    the code is 2.
     """
     code = 0
     for path in image_paths(paths):
         try:
-            image = read_rgb(path)
-            size = image.shape[1:] if record["crop"] else record["size"]
-            X = normalize(resize(image, size).to(device))[None]
-            index = resized_argmax(network(X)[0], image.shape[1:])
+            pictures = segment(network, record, path, device)
         except (InputError, MemoryError, RuntimeError) as error:
             if not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
-            line = one_line(error)
-            if is_out_of_memory(error):
-                line = f"{path} does not fit into memory"
-            print(f"evaluate.py: {line}", file=sys.stderr)
+            line = f"{path} does not fit into memory" if is_out_of_memory(error) else f"{error}"
+            print(f"evaluate.py: {printable(line)}", file=sys.stderr)
             code = 2
             continue
-        if image.max() < 64:
-            print(f"{path}: its brightest value is {int(image.max())} of 255", file=sys.stderr)
-        painted = colour(index, record["palette"])
-        overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
         folder.mkdir(exist_ok=True)
-        pictures = {"class": index.cpu().numpy(), "colour": painted, "overlay": overlay}
         for name, picture in pictures.items():
             with replacing(folder / f"{path.stem}_{name}.png") as file:
                 Image.fromarray(picture).save(file, "PNG")
-        print(folder / f"{path.stem}_overlay.png")
+        print(printable(f"{folder / path.stem}_overlay.png"))
     return code
+
+
+def segment(network, record, path, device):
+    """{"class": (H, W) uint8, "colour", "overlay": (H, W, 3) uint8} of an image file."""
+    image = read_rgb(path)
+    if image.max() < 64:
+        line = f"{path}: its brightest value is {int(image.max())} of 255"
+        print(printable(line), file=sys.stderr)
+    size = image.shape[1:] if record["crop"] else record["size"]
+    X = normalize(resize(image, size).to(device))[None]
+    index = resized_argmax(network(X)[0], image.shape[1:])
+    painted = colour(index, record["palette"])
+    overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
+    return {"class": index.cpu().numpy(), "colour": painted, "overlay": overlay}
 
 
 def image_paths(paths):
