@@ -36,9 +36,9 @@ VOID = 255  # the label of pixels that have no class
 
 MEAN = 255 * torch.tensor([0.485, 0.456, 0.406])[:, None, None]  # ImageNet's, of 0 to 255
 DEVIATION = 255 * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-# Order and views have tuples of ints for seeds: a stream, (--seed, stage, kind of images: 0
-# labelled, 1 unlabelled), then ORDER or VIEW. Of dropout see seed_step, of the subset
-# draw_labeled, of Eq. (10)'s pixels train_stage2.pixels_of_V.
+# The seed of an order or a view is a tuple of ints: a stream, (--seed, stage, 0 for labelled or
+# 1 for unlabelled images), then ORDER or VIEW, then a number. Other seeds: seed_step (dropout),
+# draw_labeled (the subset), train_stage2.pixels_of_V.
 ORDER = 0  # (*stream, ORDER, epoch) gives the order of the images in an epoch
 VIEW = 1  # (*stream, VIEW, draw) gives the window, flip and perturbation of one draw
 
@@ -156,8 +156,10 @@ def seed_step(seed, stage, step, process):
 class IndexStream:
     """Batch sampler: this process's (index, draw) pairs of the batches start .. stop-1.
 
-    Step s = 1, 2, ... of training sees batch s - 1. Draws go through permutations of all images
-    without end, batch_size a batch. So a resumed run enters the sequence in the middle.
+    Batches count from 0: after `start` steps the next one is batch number `start`. Its samples
+    have the running numbers start * batch_size and following, called draws. Draw d is in epoch
+    d // length, and each epoch has its own permutation of all images. So nothing is stored: a
+    resumed run computes where it goes on.
     """
 
     def __init__(self, length, batch_size, stream, start, stop, process=Process()):

@@ -123,11 +123,13 @@ def error_localization(network, eln, images, threshold):
 
     eln        ELN or the s-ECN, or None
     images     as images_with_masks gives them
-    threshold  "confidence" rejects pixels whose confidence is not above it
+    threshold  the method "confidence" rejects pixels of a softmax maximum <= threshold
     Returns {(method, positive, over): values}. The values are precision, recall and F1 of the
     positive class, "correct" or "error"; over is "image", their mean over the images where they
     are defined, or "pooled", those of all pixels together. With over = "AP" the one value is
     the average precision of finding errors. The method "none" rejects nothing.
+    The paper names neither the positive class nor the networks; its figures look like those of
+    (method, "correct", "image"), which tests/RESULTS.md takes after stage 1.
     """
     matrices, histograms = {}, {}
     for X, label, _ in images:
@@ -163,6 +165,7 @@ def judge_pixels(network, eln, X, label, threshold):
         valid_logit = valid_logit_of(output, logits)[0][known]
         methods["ELN" if output.ndim == 3 else "s-ECN"] = (-valid_logit, valid_logit <= 0)
     confidence = logits[0].double().softmax(0).amax(0)[known]
+    # The logit keeps the order of the confidences and spreads those near 1 over the bins.
     methods["confidence"] = (-confidence.logit(eps=1e-12), confidence <= threshold)
     methods["none"] = (torch.zeros_like(confidence), torch.zeros_like(wrong))
     return wrong, methods
@@ -175,9 +178,12 @@ def precision_recall_f1(matrices, positive):
     positive  1: errors, which should be rejected; 0: correct pixels, which should be accepted
     """
     hits = matrices[:, positive, positive]
-    claimed = matrices[:, :, positive].sum(1)  # rejected (accepted) pixels
-    there = matrices[:, positive, :].sum(1)  # wrong (right) pixels
-    return torch.stack([hits / claimed, hits / there, 2 * hits / (claimed + there)], dim=1)
+    predicted = matrices[:, :, positive].sum(1)  # rejected (accepted) pixels
+    actual = matrices[:, positive, :].sum(1)  # wrong (right) pixels
+    precision = hits / predicted
+    recall = hits / actual
+    f1 = 2 * hits / (predicted + actual)
+    return torch.stack([precision, recall, f1], dim=1)
 
 
 def error_histogram(error_score, wrong):

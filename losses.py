@@ -164,15 +164,15 @@ def ema_update(teacher, student, beta=0.995):
     """
     pairs = list(zip(teacher.parameters(), student.parameters(), strict=True))
     pairs += zip(teacher.buffers(), student.buffers(), strict=True)
-    for average, theta in pairs:
-        if average.shape != theta.shape:
+    for theta_teacher, theta in pairs:
+        if theta_teacher.shape != theta.shape:
             raise ValueError("teacher and student have tensors of different shapes")
-        if average.dtype in (torch.float16, torch.bfloat16):
+        if theta_teacher.dtype in (torch.float16, torch.bfloat16):
             raise ValueError("keep the teacher in float32: half precision loses small steps")
     with torch.no_grad():
-        for average, theta in pairs:
-            if average.is_floating_point():  # not BatchNorm's count
-                average.mul_(beta).add_(theta, alpha=1 - beta)
+        for theta_teacher, theta in pairs:
+            if theta_teacher.is_floating_point():  # not BatchNorm's count
+                theta_teacher.mul_(beta).add_(theta, alpha=1 - beta)
 
 
 def pseudo_label_loss(logits, pseudo_label, valid):
@@ -209,8 +209,9 @@ def contrastive_loss(anchor, key, anchor_label, key_label, tau=0.5, ignore_index
     tau           temperature > 0
     Returns a scalar: the mean over the anchors in V of the mean over each one's positives. If
     anchors and keys are the same pixels, f~_i is among the positives of i. An anchor without a
-    positive gives 0 and still counts in |V|; an empty V gives 0. Given all keys, the losses of
-    parts of the anchors, weighted by their share of V, add up to the loss of all.
+    positive, or without a negative, gives 0 and still counts in |V|; an empty V gives 0. The
+    anchors may be split into parts: if each part gets all keys, the loss of all is the mean of
+    the parts' losses, weighted by their numbers of anchors in V.
     Under torch.compile the loop over classes breaks the graph; the values stay right.
     Raises ValueError for other shapes, and for a negative label that is not ignore_index.
     """

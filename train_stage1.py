@@ -229,8 +229,10 @@ def lock_folder(folder, process):
 
 
 def resume(run, steps, nets, optimizer, scaler, process):
-    """Go on from the run's checkpoint, if there is one: the steps done and the log's rows.
+    """Load the run's checkpoint, if there is one, into networks, optimizer and scaler.
 
+    Returns the number of steps done and the rows of the log, 0 and [] without a checkpoint.
+    Random states need not be loaded: each step seeds its own (data.seed_step, IndexStream).
     Raises InputError if it was made with other images, classes or options (those of
     evaluate.CHANGEABLE apart).
     """
@@ -282,7 +284,8 @@ def require_same_run(run, checkpoint, path):
 
 
 def save(run, dataset, step, rows, nets, optimizer, scaler, process):
-    """The first process writes the student alone, the log, and last the checkpoint.
+    """The first process writes student_stageN.pt (the segmentation network alone, in stage 1
+    "main"), the log, and last stageN.pt, the checkpoint.
 
     Each file is whole at any moment; a kill between two of them leaves a student that is newer
     than the checkpoint, until the next save. Ends the run instead of saving a number that is

@@ -45,16 +45,20 @@ def train(args, process):
 
     # Networks: the student goes on where stage 1 ended, the teacher begins as its copy. The
     # teacher is always in eval mode: fixed BatchNorm statistics, no dropout. Student, D^k and
-    # ELN are in train mode, but for the student in evaluate.score and for ELN in judge.
+    # ELN are in train mode, with two exceptions that end at once: evaluate.score puts the
+    # student into eval mode to validate it, and judge puts ELN into it to filter labels.
     nets = make_networks(args, stage1)
+    # The lock of the run's folder holds until this function ends.
     run, lock = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], process)
-    student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)  # under DDP
+    # student and auxiliary are nets[...], in DDP if there are several processes.
+    student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)
     nets.train()
     teacher = nets["teacher"].eval()
     eln = nets["auxiliary"].eln if auxiliary is not None else None
 
-    # The variants of Tables 3 and 6. A loss that is left out has weight 0: it stays in the
-    # graph, as DDP needs the gradients of all parameters, if only zeros.
+    # Table 6, from left to right: --filter threshold (L_pseudo alone), --losses pseudo,
+    # --losses contra, both. A loss that is left out has weight 0: it stays in the graph, as DDP
+    # needs the gradients of all parameters, if only zeros.
     eln_or_ecn_loss = {"eln": eln_loss, "ecn": ecn_loss}[args.corrector]
     contrast = contrastive_loss if args.contrast_pixels > 0 else contrastive_loss_in_parts
     w_pseudo = 1.0 if "pseudo" in args.losses else 0.0
@@ -94,10 +98,10 @@ def train(args, process):
         with autocast:
             logits_a, feature_s, _ = student(image_a, embed=True)  # P^a, f
         L_pseudo = w_pseudo * pseudo_label_loss(logits_a, pseudo_label, valid)  # Eq. (9)
-        f, f_teacher, y, y_key, share_V = pixels_of_V(
+        f, f_teacher, y, y_key, scale_V = pixels_of_V(
             feature_s, feature_t, pseudo_label, valid, args, step, process
         )
-        L_contra = w_contra * share_V * contrast(f, f_teacher, y, y_key, args.tau)  # Eq. (10)
+        L_contra = w_contra * scale_V * contrast(f, f_teacher, y, y_key, args.tau)  # Eq. (10)
         L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
         scaler.scale(weight * L_unlabeled).backward()
 
@@ -161,12 +165,12 @@ def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
     Anchors and keys are the same pixels. The draw is the same however the batch is split; each
     process has the anchors of its own images, and all keys.
 
-    feature_s, feature_t  (b, D, h, w): f and f~ of this process's b images
+    feature_s, feature_t  (b, D, h, w): f and f~ of this process's b of the batch's B images
     pseudo_label, valid   (b, H, W)
-    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), and
-    share_V = (n/m) / (b/B), which is 1 for one process, or 0 if V is empty. The loss is a mean
-    over the process's n anchors, and the training weighs it as all losses, by its images, b/B.
-    Times share_V it weighs n/m, so that all processes together have the mean over m anchors.
+    Returns f (n, D) of this process, f~ (m, D) of all, their labels (n,) and (m,), and scale_V
+    = (n/m) / (b/B), which is 1 for one process, or 0 if V is empty. contrastive_loss is a mean
+    over the n own anchors, but the loop weighs it as all losses, by images: b/B. Times scale_V
+    it weighs n/m, so that all processes together have the mean over all m anchors.
     """
     h, w = feature_s.shape[2:]
     own_images = images_of_process(args.batch_size, process)
@@ -183,7 +187,8 @@ def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
     label = gather(own_label, own_numbers, args.batch_size * h * w, process)  # (B h w,)
 
     # 3. All processes put the numbers into the same random order, and draw the first ones in V.
-    order = np.random.default_rng([args.seed, 2, 3, step]).permutation(len(label))  # 3: pixels
+    #    (The seed's 2 is the stage; 3 keeps it apart from the order of images.)
+    order = np.random.default_rng([args.seed, 2, 3, step]).permutation(len(label))
     order = torch.from_numpy(order).to(label.device)
     drawn = order[label[order] != VOID]
     if args.contrast_pixels > 0:
@@ -233,9 +238,10 @@ def contrastive_loss_in_parts(anchor, key, anchor_label, key_label, tau, size=25
 
 
 def not_averaged_yet(network, process):
-    """After a forward pass within it, DistributedDataParallel does not average the gradients.
+    """A context for the first of two forward passes: its gradients stay local for the moment.
 
-    It does so after the next pass, for the sum of both.
+    DistributedDataParallel decides this in the forward pass. The second backward pass averages
+    the sum of both over the processes.
     """
     return network.no_sync() if process.world > 1 else nullcontext()
 
@@ -337,14 +343,14 @@ def parse_args(argv=None):
     require(stage1 is not None, f"{path} does not exist: {advice}")
     args.run = str(path.parent)
     args.filter = args.filter or args.corrector
-    usual = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
-    args.losses = sorted(set(args.losses or usual))
+    default_losses = ["pseudo"] if args.filter == "threshold" else ["contra", "pseudo"]
+    args.losses = sorted(set(args.losses or default_losses))
     require_usable(stage1, options, args, path)
     if args.out is None:
         args.out = args.run
         if args.filter != args.corrector:
             args.out += f"-{args.filter}"
-        if args.losses != usual:
+        if args.losses != default_losses:
             args.out += f"-{'-'.join(args.losses)}"
     return args
 

@@ -403,14 +403,14 @@ def test_pixels_of_V_are_drawn_however_the_batch_is_split(number, share_valid):
             return train_stage2.pixels_of_V(f, f_teacher, *labels, args, step, process)
 
         for world in (1, 2, 3, 5):
-            for rank, (f, f_teacher, label, labels, share_V) in enumerate(on_processes(world, draw)):
+            for rank, (f, f_teacher, label, labels, scale_V) in enumerate(on_processes(world, draw)):
                 mine = images_of_process(5, Process(rank, world))
                 own = [i for i in drawn if i // 144 in mine]
                 assert f.flatten().tolist() == own and f.requires_grad
                 assert f_teacher.flatten().tolist() == [i + 0.5 for i in drawn]
                 assert not f_teacher.requires_grad
                 assert label.tolist() == small[own].tolist() and labels.tolist() == small[drawn].tolist()
-                assert share_V == pytest.approx(len(own) / max(len(drawn), 1) / (len(mine) / 5))
+                assert scale_V == pytest.approx(len(own) / max(len(drawn), 1) / (len(mine) / 5))
 
 
 @pytest.mark.parametrize("size", [1, 7, 50, 256])
@@ -504,8 +504,8 @@ def test_a_step_has_the_gradient_of_the_sum_of_its_losses(folder_run, work, monk
         total = losses.labeled_loss(total, L_aux, losses.eln_loss(valid_logits, [logits, *aux_logits], label))
     if stage == 2:
         logits_a, f, _ = main(image_a, embed=True)
-        *pixels, share_V = train_stage2.pixels_of_V(f, f_t, made, valid, args, 1, process)
-        L_contra = share_V * losses.contrastive_loss(*pixels, args.tau)
+        *pixels, scale_V = train_stage2.pixels_of_V(f, f_t, made, valid, args, 1, process)
+        L_contra = scale_V * losses.contrastive_loss(*pixels, args.tau)
         total = total + losses.unlabeled_loss(losses.pseudo_label_loss(logits_a, made, valid), L_contra)
     total.backward()
     named = [(name, p) for name, p in nets.named_parameters() if p.requires_grad]
