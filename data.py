@@ -98,7 +98,7 @@ def resize(x, size):
 def perturb(image, seed):
     """A.X, the perturbed view of an image (3, H, W) uint8; its numbers follow from the seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone, which v2 draws from
         return PERTURBATION(image)
 
 
