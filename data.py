@@ -17,6 +17,7 @@ import re
 import shutil
 import sys
 import unicodedata
+import zlib
 from colorsys import hsv_to_rgb
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -206,33 +207,39 @@ def be_quiet(worker_id):
 # ---- What is labelled ----
 
 
-def split_ids(dataset, ratio, split, labeled_list=None, unlabeled_list=None):
-    """The ids of D_L and D_U, (labelled, unlabelled), which are disjoint.
+def labeled_ids(dataset, ratio, split, labeled_list=None):
+    """The ids of D_L.
 
-    ratio           the labelled share of all training ids, such as "1/20", rounded down
-    split           seed of the random choice
-    labeled_list    path of a list of ids that replaces ratio and split
-    unlabeled_list  path of a list of ids; without it, all that are not labelled
-    Raises InputError if the ratio is nonsense, masks are too few, or the lists overlap.
+    ratio         the labelled share of all training ids, such as "1/20", rounded down; None
+                  takes every training image that has a mask
+    split         seed of the random choice
+    labeled_list  path of a list of ids that replaces ratio and split
+    Raises InputError if the ratio is nonsense or masks are too few.
     """
     if labeled_list:
-        labeled = read_list(labeled_list, dataset.files)
-    else:
-        labeled = draw_labeled(dataset, ratio, split)
+        return read_list(labeled_list, dataset.files)
+    if ratio is not None:
+        return draw_labeled(dataset, ratio, split)
+    labeled = [key for key in dataset.train if dataset.has_mask(key)]
+    require(labeled, f"no training image has a mask {dataset.mask_rule}")
+    return labeled
+
+
+def unlabeled_ids(dataset, labeled, unlabeled_list=None):
+    """The ids of D_U: those of a list, or all training ids that are not labelled.
+
+    Raises InputError if an id is in two of D_L, D_U and the validation set.
+    """
     known = set(labeled)
     unlabeled = [key for key in dataset.train if key not in known]
     if unlabeled_list:
         unlabeled = read_list(unlabeled_list, dataset.files)
-    require_disjoint(labeled, unlabeled, dataset.val)
-    return labeled, unlabeled
-
-
-def require_disjoint(labeled, unlabeled, val):
-    """Raises InputError if an id is in two of the three lists."""
-    both = set(labeled).intersection(unlabeled) or {*labeled, *unlabeled}.intersection(val)
+    both = known.intersection(unlabeled) or {*labeled, *unlabeled}.intersection(dataset.val)
     if both:
-        ids = f"{len(both)} ids, {min(both)}"
-        raise InputError(f"labelled, unlabelled and validation ids overlap: {ids}")
+        ids = f"{len(both)} ids, such as {min(both)}"
+        remedy = "take them out of one list (those of val.txt out of train.txt)"
+        raise InputError(f"labelled, unlabelled and validation ids overlap: {ids}; {remedy}")
+    return unlabeled
 
 
 def draw_labeled(dataset, ratio, split):
@@ -285,7 +292,7 @@ class SegmentationData:
         require(path is not None, f"{image} has no mask {self.mask_rule}")
         with open_image(path, MASK_FORMATS) as mask:
             mode = mask.mode
-            label = np.asarray(ImageOps.exif_transpose(mask))
+            label = np.asarray(upright(mask))
         require(label.ndim == 2 and mode != "F", f"{path} has mode {mode}; it must be indexed")
         # Cityscapes has 34 label ids for its 19 classes.
         last = len(self.classes) - 1 if self.train_id is None else 33
@@ -336,7 +343,8 @@ def load_folder(data):
     files, rule = match_files(images, data / "masks")
     path = data / "classes.txt"
     classes = read_lines(path)
-    require(1 < len(classes) < 256, f"{path} names {len(classes)} classes, not 2 to 255")
+    number = f"{path} names {len(classes)} classes, not 2 to 255"
+    require(1 < len(classes) < 256, f"{number}; the background is one too: name it first")
     form = "name one class a line, from 0 on, without numbers, comments or a heading"
     for i, name in enumerate(classes):  # labelme, CVAT and spreadsheets write other lines too
         number = re.match(r"(\d+)\s", name)
@@ -356,7 +364,11 @@ def load_voc(data):
     """PASCAL VOC 2012, with the masks of SBD (python data.py voc)."""
     remedy = f"run python data.py voc --data {data}"
     below = "VOCdevkit/VOC2012/JPEGImages"
-    images = find_folder(data, below, f"--data must hold {below} ({remedy})")
+    advice = f"--data must hold {below} ({remedy})"
+    for found in (*data.glob("JPEGImages"), *data.glob("*/JPEGImages")):
+        name = "must be called VOCdevkit/VOC2012 (a link will do)"
+        advice = f"{os.path.abspath(found.parent)} {name}, and --data be the folder above it"
+    images = find_folder(data, below, advice)
     masks = images.parent / "SegmentationClassAug"
     lists = images.parent / "ImageSets/Segmentation"
     is_merged = masks.is_dir() and (lists / "trainaug.txt").exists()
@@ -505,23 +517,54 @@ def open_image(path, formats=FORMATS):
     require_regular(path)
     try:
         with Image.open(path, formats=formats) as image:
+            pages = count_pages(image)
+            require(pages == 1, f"{path} has {pages} pages: write each to a file of its own")
             yield image
-    except MemoryError:
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
         raise InputError(f"{path} cannot be read as {', '.join(formats)} ({error})") from None
 
 
+def count_pages(image):
+    """Pages or frames of a PIL image, without the previews that photos and GeoTIFFs have."""
+    frames = getattr(image, "n_frames", 1)
+    if frames == 1 or image.format == "MPO":
+        return 1
+    if image.format != "TIFF":
+        return frames
+    pages = 0
+    for frame in range(frames):
+        image.seek(frame)
+        if image.tag_v2.get(254, 0) == 0:  # not a smaller copy, and no transparency mask
+            pages += 1
+    image.seek(0)
+    return pages
+
+
 def read_rgb(path):
     """An image file -> (3, H, W) uint8 RGB, upright; of 16 bits the upper 8. InputError."""
     with open_image(path) as image:
-        image = ImageOps.exif_transpose(image)
-    usable = image.mode not in ("F", "LAB")
-    require(usable, f"{path} has mode {image.mode}; it must be RGB or grey integers")
+        require_rgb_or_grey(image, path)
+        image = upright(image)
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     image.info.pop("transparency", None)
     return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def require_rgb_or_grey(image, path):
+    """Raises InputError for a PIL image whose pixels are not 8 or 16 bits of RGB or grey."""
+    usable = image.mode not in ("F", "LAB")
+    require(usable, f"{path} has mode {image.mode}; it must be RGB or grey integers")
+
+
+def upright(image):
+    """A PIL image turned as its EXIF says."""
+    image.getexif()  # is kept
+    for key in ("exif", "Raw profile type exif"):
+        image.info.pop(key, None)  # else Pillow writes all tags anew, and fails at odd ones
+    return ImageOps.exif_transpose(image)
 
 
 def find_folder(data, below, advice):
@@ -536,36 +579,47 @@ def find_folder(data, below, advice):
 
 
 def image_files(folder, formats, suffix=""):
-    """{id: path} of the images below a folder, but for hidden ones. InputError for twins.
+    """{id: path} of the images below a folder, and of other files. InputError for twins.
 
-    An id is the path below the folder without its ending and `suffix`, as in "day/0007".
+    An id is the path below the folder without its ending and `suffix`, as in "day/0007". Hidden
+    files are left out. The other files may be in formats that are not read.
     """
     is_closed = folder.exists() and not os.access(folder, os.R_OK | os.X_OK)
     require(not is_closed, f"{folder} cannot be read: its permissions forbid it")
-    files = {}
+    files, others = {}, {}
     for path in sorted(folder.rglob("*")):
         below = unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
         key, ending = os.path.splitext(below)
-        is_image = ENDINGS.get(ending.lower()) in formats and key.endswith(suffix)
-        if is_image and "/." not in f"/{below}":
-            key = key.removesuffix(suffix)
+        if "/." in f"/{below}" or not key.endswith(suffix):
+            continue
+        key = key.removesuffix(suffix)
+        if ENDINGS.get(ending.lower()) in formats:
             first = files.setdefault(key, path)
             require(first == path, f"{first} and {path} have the same id, {key}: rename one")
-    return files
+        elif ending and not suffix and not path.is_dir():
+            others[key.removesuffix(".nii")] = path  # .nii.gz
+            others[below] = path  # as a list may name it
+    return files, others
 
 
 def match_files(images, masks, image_suffix="", mask_suffix=""):
     """{id: (image path, mask path or None)} of all images below a folder, and a text.
 
     A mask has its image's id; it may keep the image's ending, as in 0007.jpg.png. The text says
-    where masks are looked for, as in "an image has no mask ...". Raises InputError for twins.
+    where masks are looked for, as in "an image has no mask ...". A file in a format that is not
+    read stands where no other has its id: whoever opens it tells its name. Raises InputError
+    for twins.
     """
-    files = image_files(images, FORMATS, image_suffix)
-    files = {key: (path, None) for key, path in files.items()}
-    rule = f"of the same name in {masks} ({', '.join(MASK_FORMATS)}, as JPEG alters classes)"
+    readable, others = image_files(images, FORMATS, image_suffix)
+    files = {key: (path, None) for key, path in {**others, **readable}.items()}
+    name = "the same name"
+    if mask_suffix:
+        name += f" and the ending {mask_suffix}"
+    rule = f"of {name} in {masks} ({', '.join(MASK_FORMATS)}, as JPEG alters classes)"
     if not masks.is_dir():
         rule += "; there is no such folder"
-    for name, path in image_files(masks, MASK_FORMATS, mask_suffix).items():
+    readable, others = image_files(masks, MASK_FORMATS, mask_suffix)
+    for name, path in readable.items():
         key = name if name in files else os.path.splitext(name)[0]
         image, first = files.get(key, (None, None))
         require(first is None, f"{first} and {path} are both masks of {key}: rename one")
@@ -573,6 +627,10 @@ def match_files(images, masks, image_suffix="", mask_suffix=""):
             files[key] = (image, path)
         elif "fits no image" not in rule:
             rule += f"; {path.name} fits no image"
+    for key, path in others.items():
+        image, mask = files.get(key, (None, None))
+        if image is not None and mask is None:
+            files[key] = (image, path)
     return files, rule
 
 
@@ -628,40 +686,80 @@ def check_files(dataset, labeled, unlabeled, size):
     contradictory palettes, and a training or validation set whose masks together show void and
     one class at most. Returns notes on the data, a list of lines.
     """
-    if isinstance(dataset, Shapes):
-        return []
     notes = []
+    if not unlabeled:
+        remedy = "give --ratio, or name more images in train.txt"
+        notes.append(f"stage 2 will find no unlabelled image, as all are labelled: {remedy}")
+    if isinstance(dataset, Shapes):
+        return notes
+    unused = sum(dataset.has_mask(key) for key in unlabeled)
+    if dataset.name == "folder" and unused > 0:
+        notes.append(f"{unused} unlabelled images have a mask, which training does not use")
     if "fits no image" in dataset.mask_rule:
         notes.append(f"an image's mask is the one {dataset.mask_rule}")
     for key in (*labeled, *dataset.val, *unlabeled):
         path = dataset.files[key][0]
         with open_image(path) as image:
             W, H = image.size
+            require_rgb_or_grey(image, path)
         fits = H >= size[0] and W >= size[1]
         require(fits or not dataset.crop, f"{path} is {H}x{W}, too small for --size")
-    pixels, brightest, palettes = {}, {}, {}
+    brightest, palettes = [], {}
 
     def decode(key):
+        """Pixels of each value: in the mask, and in its view."""
         image, label = dataset.read_pair(key)
-        brightest[key] = int(image.max())
-        pixels[key] = np.bincount(label.flatten(), minlength=256)
-        check_palette(dataset.files[key][1], pixels[key], palettes)
+        brightest.append(int(image.max()))
+        pixels = np.bincount(label.flatten(), minlength=256)
+        check_palette(dataset.files[key][1], pixels, palettes)
+        view = label if dataset.crop else resize(label, size)
+        return pixels, np.bincount(view.flatten(), minlength=256)
 
     with ThreadPoolExecutor(4) as pool:  # decoding releases the interpreter's lock
-        list(pool.map(decode, [*labeled, *dataset.val]))
-    for part, keys in (("labelled", labeled), ("validation", dataset.val)):
-        total = sum(pixels[key] for key in keys)
-        absent = [name for name, n in zip(dataset.classes, total) if n == 0]
-        is_single = total[VOID] > 0 and len(absent) >= len(dataset.classes) - 1
-        mask = dataset.files[keys[0]][1]
-        advice = "255 is void: paint the foreground 1"
-        require(not is_single, f"{mask}, like all {part} masks, has one class; {advice}")
-        if absent:
-            notes.append(f"no {part} mask has a pixel of {', '.join(absent)}")
-    top = max(brightest.values())
-    if top < 64:
-        notes.append(f"brightest value {top} of 255 (of 16 bits the upper 8): stretch them")
+        for part, keys in (("labelled", labeled), ("validation", dataset.val)):
+            pixels, in_view = np.array(list(pool.map(decode, keys))).sum(0)
+            mask = dataset.files[keys[0]][1]
+            notes += check_classes(dataset.classes, pixels, in_view, part, mask, size)
+    if max(brightest) < 64:
+        top = f"brightest value {max(brightest)} of 255"
+        notes.append(f"{top} (of 16 bits the upper 8): stretch them")
     return notes
+
+
+def check_classes(classes, pixels, in_view, part, mask, size):
+    """Notes on classes that no mask of a `part` of the images shows. InputError for one alone.
+
+    pixels, in_view  (256,) int: pixels of each value in all its masks, and at --size
+    mask             the path of one of them
+    """
+    notes = []
+    absent = [name for name, n in zip(classes, pixels) if n == 0]
+    is_single = pixels[VOID] > 0 and len(absent) >= len(classes) - 1
+    advice = "255 is void: paint the foreground 1"
+    require(not is_single, f"{mask}, like all {part} masks, has one class; {advice}")
+    if absent:
+        notes.append(f"no {part} mask has a pixel of {some_of(absent)}")
+    is_lost = (pixels > 0) & (in_view == 0)
+    vanished = [name for name, lost in zip(classes, is_lost) if lost]
+    if vanished:
+        small = f"at --size {size[0]} {size[1]}, which is too small for it"
+        notes.append(f"no {part} mask keeps a pixel of {some_of(vanished)} {small}")
+    return notes
+
+
+def some_of(names):
+    """The first five names, and how many there are if there are more."""
+    return ", ".join(names[:5]) + (f", ... ({len(names)} classes)" if len(names) > 5 else "")
+
+
+def masks_checksum(dataset, keys):
+    """A number that changes if somebody repaints one of these images' masks."""
+    value = 0
+    for key in keys:
+        path = dataset.files[key][1]
+        if dataset.name != "shapes" and path is not None:
+            value = zlib.crc32(path.read_bytes(), value)
+    return value
 
 
 def check_palette(path, pixels, palettes):

@@ -1,17 +1,22 @@
 """Measure and look at a run (Sec. 4.3), also while it is still in training.
 
-python evaluate.py RUN                       IoU of every class and mIoU, of the run and stage 1
+python evaluate.py RUN                       IoU of every class and mIoU, after both stages
 python evaluate.py RUN --figures 4           the same, a line on how ELN does, and Fig. 5
 python evaluate.py RUN --error-localization  how well ELN finds errors (Table 4), in unlabelled
                                              images that have a mask, else in validation images
 python evaluate.py RUN --predict PATH ...    masks of images and folders; needs no data set
 python evaluate.py RUN RUN ... --figures 4   the runs' predictions side by side
 python evaluate.py RUN RUN ... --compare     a table; runs that differ in split and seed alone
-                                             make one row
+                                             make one row; with --csv FILE also a line a run
 """
 
 import argparse
+import copy
+import csv
+import io
+import os
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +29,7 @@ from torchvision.utils import make_grid
 
 from data import (
     ENDINGS, VOID, InputError, Process, is_out_of_memory, load_dataset, normalize, one_line,
-    printable, read_rgb, replacing, require, resize, tolerant_output, within,
+    printable, read_list, read_rgb, replacing, require, resize, tolerant_output, within,
 )
 from eln import ErrorLocalizationNetwork, eln_input, valid_logit_of
 from losses import correctness, cross_entropy
@@ -209,8 +214,8 @@ def average_precision(histogram):
 def diagnosis(logits, aux_logits, valid_logits, label, process):
     """How wrong the decoders are and how well ELN finds it: columns of the log, of one batch.
 
-    ce_k/ce_0      mean cross-entropy of decoder k over the main one's, as in Eq. (3)
-    wrong_k        share of wrong pixels that decoder k (0: the main one) gives ELN
+    ce_k_over_ce_0  mean cross-entropy of decoder k over the main one's, as in Eq. (3)
+    wrong_k         share of wrong pixels that decoder k (0: the main one) gives ELN
     eln_precision, eln_recall  of ELN (or the s-ECN) at finding them in all K+1 predictions
     """
     known = label != VOID
@@ -222,7 +227,7 @@ def diagnosis(logits, aux_logits, valid_logits, label, process):
         sums.append(torch.stack([cross_entropy(logits_k, label).sum(), *counts]).double())
     sums = process.sum(torch.stack(sums))  # (K+1, 5)
     ce, known, wrong, rejected, hits = sums.T.tolist()  # K+1 each
-    row = {f"ce_{k}/ce_0": ce[k] / max(ce[0], 1e-12) for k in range(1, len(ce))}
+    row = {f"ce_{k}_over_ce_0": ce[k] / max(ce[0], 1e-12) for k in range(1, len(ce))}
     for k in range(len(ce)):
         row[f"wrong_{k}"] = wrong[k] / max(known[k], 1)
     row["eln_precision"] = sum(hits) / max(sum(rejected), 1)
@@ -265,8 +270,11 @@ def colour(index, palette):
     return table[index.cpu().numpy()]
 
 
-def sheet(rows):
-    """A PIL image of rows of panels, which have the same captions and sizes."""
+def sheet(rows, legend):
+    """A PIL image of rows of panels, which have the same captions and sizes.
+
+    legend  {name: (r, g, b)}, shown below them
+    """
     H, W = rows[0]["image"].shape[:2]
     zoom = max(1, round(192 / W))  # small panels are enlarged
     tiles = []
@@ -282,7 +290,30 @@ def sheet(rows):
         text = Image.new("RGB", (W * zoom, top), "white")  # which cuts a long caption
         ImageDraw.Draw(text).text((2, 0), caption, fill="black", font_size=top * 0.75)
         whole.paste(text, (4 + column * (W * zoom + 4), 0))
+    return add_legend(whole, legend, font_size=top * 0.75)
+
+
+def add_legend(picture, legend, font_size):
+    """The PIL image with names and their colours below it, in as many columns as fit."""
+    line = round(1.5 * font_size)
+    width = round(0.6 * font_size * max(map(len, legend))) + 2 * line
+    columns = max(1, picture.width // width)
+    lines = -(-len(legend) // columns)
+    whole = Image.new("RGB", (picture.width, picture.height + lines * line), "white")
+    whole.paste(picture)
+    draw = ImageDraw.Draw(whole)
+    for i, (name, fill) in enumerate(legend.items()):
+        x = 4 + i % columns * width
+        y = picture.height + i // columns * line
+        draw.rectangle((x, y, x + font_size, y + font_size), fill=fill, outline="black")
+        draw.text((x + line, y), printable(name), fill="black", font_size=font_size)
     return whole
+
+
+def spread(keys, number):
+    """That many of the keys, spread evenly over them: the first of a video are one street."""
+    number = min(number, len(keys))
+    return [keys[i * len(keys) // number] for i in range(number)]
 
 
 # ---- Prediction ----
@@ -306,7 +337,7 @@ def predict(network, record, paths, folder, device):
             print(f"evaluate.py: {printable(line)}", file=sys.stderr)
             code = 2
             continue
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             with replacing(folder / f"{path.stem}_{name}.png") as file:
                 Image.fromarray(picture).save(file, "PNG")
@@ -332,7 +363,14 @@ def image_paths(paths):
     """The files in `paths`, and the images in the folders in it. InputError for twins."""
     files = {}  # {stem: path}
     for path in paths:
-        inside = [file for file in sorted(path.glob("[!.]*")) if file.suffix.lower() in ENDINGS]
+        inside, others = [], []
+        for file in sorted(path.glob("[!.]*")):
+            kind = inside if file.suffix.lower() in ENDINGS else others
+            kind.append(file)
+        others = [file for file in others if file.is_file()]
+        if others:
+            line = f"{len(others)} files of {path} are in formats that are not read"
+            print(printable(f"{line}, such as {others[0].name}"), file=sys.stderr)
         for file in inside or [path]:
             first = files.setdefault(file.stem, file)
             require(first == file, f"--predict: {file} and {first} would give the same files")
@@ -349,50 +387,101 @@ CHANGEABLE = (
 )
 
 
-def compare(paths):
-    """A Markdown table of checkpoints; runs that differ in split and seed alone make one row.
+RESULTS = ("stage_1", "mIoU", "best", "teacher", "teacher_best", "accepted")
 
-    A row is named by the options in which it differs from the others of its stage. mIoU is the
-    mean ± standard deviation (n - 1) of student and teacher, at the last and best validation.
+
+def compare(runs):
+    """A Markdown table of runs (settings, results), as run_results gives them.
+
+    Runs that differ in split and seed alone make one row, named by the settings in which it
+    differs from the other rows of its stage. It gives the number of splits (sets of labelled
+    images), and over them mean ± standard deviation (n - 1); runs of one split are averaged
+    before.
     """
-    groups = {}  # {("stage2", option, ...): the checkpoints of one row}
-    for path in paths:
-        checkpoint = read_checkpoint(path)
-        settings = dict(checkpoint["args"])
-        for key in ("labeled", "unlabeled"):
-            settings[key] = len(checkpoint[key])
-        for key in (*CHANGEABLE, "split", "seed"):
-            settings.pop(key, None)
-        options = [f"{key} {value}" for key, value in settings.items()]
-        groups.setdefault((f"stage{checkpoint['stage']}", *options), []).append(checkpoint)
-    lines = ["| run | number | mIoU | best | teacher | its best | steps |", "| --- " * 7 + "|"]
-    for name, checkpoints in groups.items():
-        peers = [set(other) for other in groups if other[0] == name[0]]
+    groups = {}  # {settings of a row: [(split, results), ...]}
+    for settings, results in runs:
+        row = dict(settings)
+        split = row.pop("labeled_images")
+        del row["split"], row["seed"]
+        options = tuple(f"{key} {value}" for key, value in row.items())
+        groups.setdefault(options, []).append((split, results))
+    head = ["run", "splits", *RESULTS, "steps"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for options, members in groups.items():
+        stage = options[0]
+        peers = [set(other) for other in groups if other[0] == stage]
         common = set.intersection(*peers)
-        options = [option for option in name[1:] if option not in common]
-        cells = [", ".join([name[0], *options]), f"{len(checkpoints)}"]
-        for column in ("mIoU", "mIoU_teacher"):
-            cells += mean_and_deviation(checkpoints, column)
-        cells.append(", ".join({steps_done(checkpoint): None for checkpoint in checkpoints}))
+        own = [option for option in options if option not in common]
+        splits = f"{len({split for split, _ in members})}"
+        if len(members) > int(splits):
+            splits += f" ({len(members)} runs)"
+        cells = [", ".join([stage, *own]), splits]
+        cells += [mean_and_deviation(members, column) for column in RESULTS]
+        cells.append(", ".join({results["steps"]: None for _, results in members}))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def mean_and_deviation(checkpoints, column):
-    """Two cells, of the last and of the best validation in each checkpoint's log."""
-    last, best = [], []
-    for checkpoint in checkpoints:
-        values = [row[column] for row in checkpoint["rows"] if column in row]
+def mean_and_deviation(members, column):
+    """A cell of the table: over splits, of the means of the runs (split, results) of each."""
+    values = {}  # {split: of its runs}
+    for split, results in members:
+        if column in results:
+            values.setdefault(split, []).append(results[column])
+    means = [np.mean(of_split) for of_split in values.values()]
+    cell = f"{np.mean(means):.2f}" if means else ""
+    if len(means) > 1:
+        cell += f" ± {np.std(means, ddof=1):.2f}"
+    return cell
+
+
+def run_results(checkpoint):
+    """What --compare tells of a run: two dictionaries.
+
+    settings  its stage, the options that change its result, numbers of images and classes, and
+              checksums of the data's ids and classes, and of the labelled ids (the split)
+    results   of RESULTS those that the log has (mIoU of stage 1, of student and teacher at the
+              last and at the best validation, mean share of accepted pixels), and its steps
+    """
+    settings = {"stage": checkpoint["stage"], **checkpoint["args"]}
+    for key in CHANGEABLE:
+        settings.pop(key, None)
+    labeled, unlabeled, classes = [checkpoint[k] for k in ("labeled", "unlabeled", "classes")]
+    settings.update(labeled=len(labeled), unlabeled=len(unlabeled), classes=len(classes))
+    data = Path(checkpoint["args"]["data"]).name
+    settings["data"] = f"{data} {name_hash([*classes, *sorted(labeled + unlabeled)])}"
+    settings["labeled_images"] = name_hash(labeled)
+    results = {"steps": steps_done(checkpoint)}
+    rows = checkpoint["rows"]
+    if rows and rows[0]["step"] == 0:  # stage 2 begins with what stage 1 reached
+        results["stage_1"] = rows[0]["mIoU"]
+        rows = rows[1:]
+    for column, last, best in (
+        ("mIoU", "mIoU", "best"), ("mIoU_teacher", "teacher", "teacher_best"),
+    ):
+        values = [row[column] for row in rows if column in row]
         if values:
-            last.append(values[-1])
-            best.append(max(values))
-    cells = []
-    for values in (last, best):
-        cell = f"{np.mean(values):.2f}" if values else ""
-        if len(values) > 1:
-            cell += f" ± {np.std(values, ddof=1):.2f}"
-        cells.append(cell)
-    return cells
+            results[last] = values[-1]
+            results[best] = max(values)
+    accepted = [row["accepted"] for row in rows if "accepted" in row]
+    if accepted:
+        results["accepted"] = float(np.mean(accepted))
+    return settings, results
+
+
+def name_hash(names):
+    """Eight letters that tell lists of names apart."""
+    return f"{zlib.crc32(repr(names).encode()):08x}"
+
+
+def csv_text(rows):
+    """Dictionaries, of which each may lack some columns, as CSV."""
+    text = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def steps_done(checkpoint):
@@ -408,7 +497,7 @@ def steps_done(checkpoint):
 
 CHECKPOINT = dict(  # what is in stageN.pt, and its types; optimizer and scaler besides
     stage=int, args=dict, step=int, rows=list, networks=dict, classes=list, labeled=list,
-    unlabeled=list,
+    unlabeled=list, masks=int,
 )
 STUDENT = dict(  # what is in student_stageN.pt
     network=dict, backbone=str, width=int, classes=list, palette=list, size=list, crop=bool,
@@ -528,15 +617,16 @@ def main(args):
     """Do what the command line asks. Returns the exit code; raises InputError."""
     device = choose_device(args.device)
     if args.compare:
-        print(compare([checkpoint_path(folder, args.stage) for folder in args.run]))
+        compare_runs(args)
         return 0
     single = len(args.run) == 1
     require(single or args.figures, "several runs go with --compare, or with --figures N")
     runs = [load_run(folder, args, device) for folder in args.run]
     if args.predict:
-        folder = runs[0].path.with_name("predictions")
+        folder = args.out or runs[0].path.with_name("predictions") / output_name(runs[0], args)
+        print_better_network(runs[0], args)
         return predict(runs[0].network, runs[0].record, args.predict, folder, device)
-    dataset = load_data(runs, args.data)
+    dataset = load_data(runs, args)
     if args.error_localization:
         print_error_localization(runs[0], dataset, args, device)
     elif single:
@@ -552,11 +642,63 @@ def choose_device(name):
     return torch.device("cuda" if is_gpu and name != "cpu" else "cpu")
 
 
-def load_data(runs, data):
-    """The data set of the first run, which must fit the others. Raises InputError."""
+def compare_runs(args):
+    """Print the table of --compare, and write --csv."""
+    runs = {}  # {folder: (settings, results)}
+    for folder in args.run:
+        path = checkpoint_path(folder, args.stage)
+        if path.exists():
+            runs[folder] = run_results(read_checkpoint(path))
+        else:
+            print(f"{path} does not exist: {folder} is left out", file=sys.stderr)
+    require(runs, "there is no checkpoint to compare")
+    print(compare(runs.values()))
+    if args.csv:
+        rows = [{"run": folder, **runs[folder][1], **runs[folder][0]} for folder in runs]
+        with replacing(args.csv) as file:
+            file.write(csv_text(rows).encode())
+
+
+def caption_of(run, args):
+    """What the run's network is called in tables, figures and names of files."""
+    if run.path.stem == "stage1":
+        return "stage 1"
+    return "teacher" if args.teacher else "student"
+
+
+def output_name(run, args):
+    return caption_of(run, args).replace(" ", "")
+
+
+def print_better_network(run, args):
+    """Say if the log of stage 2 knows a better network than the one that predicts."""
+    path = run.path.with_name("log_stage2.csv")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = [row for row in csv.DictReader(lines) if row.get("mIoU")]
+    if not rows:
+        return
+    known = {"student": rows[-1]["mIoU"], "teacher": rows[-1]["mIoU_teacher"]}
+    if path.with_name("student_stage1.pt").exists():
+        known["stage 1"] = rows[0]["mIoU"]  # with which the log begins
+    options = {"stage 1": "--stage 1", "student": "--stage 2"}
+    options["teacher"] = "--stage 2 --teacher"
+    used = caption_of(run, args)
+    best = max(known, key=lambda caption: float(known[caption]))
+    if best != used and used in known:
+        line = f"{used} has mIoU {float(known[used]):.1f} in the log, {best} has"
+        print(f"{line} {float(known[best]):.1f}: {options[best]} takes it", file=sys.stderr)
+
+
+def load_data(runs, args):
+    """The data set of the first run, which must fit the others. Raises InputError.
+
+    Its validation images are those of --list, if that is given.
+    """
     first = runs[0]
     settings = first.checkpoint["args"]
-    dataset = load_dataset(settings["dataset"], data or settings["data"])
+    dataset = load_dataset(settings["dataset"], args.data or settings["data"])
+    if args.list:
+        dataset.val = read_list(args.list, dataset.files)
     for run in runs:
         same_classes = run.checkpoint["classes"] == list(dataset.classes)
         same_size = run.record["size"] == first.record["size"]
@@ -566,21 +708,23 @@ def load_data(runs, data):
 
 
 def title(run, args):
-    if args.teacher:
-        return f"{run.path.stem}, step {run.checkpoint['step']}, teacher:"
-    return f"{run.path.stem}, step {run.record['step']}, student:"
+    kind = "teacher" if args.teacher else "student"
+    step = run.checkpoint["step"] if args.teacher else run.record["step"]
+    return f"{run.path.stem}, step {step}, {kind}:"
 
 
 def print_scores(run, dataset, args, device):
-    """The IoU of each class, of stage 1 and of the run."""
+    """The IoU of each class, of stage 1, student and teacher."""
     process = Process(device=device)
     columns = {}  # {caption: (C, C)}
-    for caption, network in networks_of_stages(run, device).items():
+    for caption, network in networks_of_run(run, args, device).items():
         matrices = score(network, dataset, run.record["size"], process, args.workers)
         columns[caption] = matrices["resized"]
-    if not torch.equal(matrices["resized"], matrices["original"]):
-        columns["own size"] = matrices["original"]
-    images = f"{len(dataset.val)} validation images of {dataset.name}"
+        if network is run.network:
+            own_size = matrices["original"]
+    if not torch.equal(columns[caption_of(run, args)], own_size):
+        columns["own size"] = own_size
+    images = f"{len(dataset.val)} {args.list or 'validation'} images of {dataset.name}"
     print(f"{title(run, args)} IoU in percent, {images}")
     print(f"{'class':20}" + "".join(f"{caption:>10}" for caption in columns))
     table = torch.stack([iou(matrix) for matrix in columns.values()], dim=1)  # (C, columns)
@@ -593,19 +737,26 @@ def print_scores(run, dataset, args, device):
         print(f"means over {classes}: the others are neither there nor predicted")
 
 
-def networks_of_stages(run, device):
-    """{caption: network}: the run's, and before stage 2's that of stage 1, if it is there."""
+def networks_of_run(run, args, device):
+    """{caption: network}: stage 1's, if it is there, then stage 2's student and teacher."""
+    if run.checkpoint["stage"] == 1:
+        return {"stage 1": run.network}
     networks = {}
     before = run.path.with_name("student_stage1.pt")
-    if run.checkpoint["stage"] == 2 and before.exists():
+    if before.exists():
         networks["stage 1"], _ = load_student(before, device)
-    networks[f"stage {run.checkpoint['stage']}"] = run.network
+    for caption in ("student", "teacher"):
+        network = run.network
+        if caption != caption_of(run, args):
+            network = copy.deepcopy(run.network)
+            load_state(network, run.checkpoint["networks"], run.path, f"{caption}.")
+        networks[caption] = network
     return networks
 
 
 def print_error_localization(run, dataset, args, device):
     """Print Table 4: how well ELN and a threshold find the wrong pixels."""
-    kind, keys = images_to_judge([run], dataset)
+    kind, keys = images_to_judge([run], dataset, args)
     images = images_with_masks(dataset, keys, run.record["size"], device, args.workers)
     eln = load_eln(run.path, run.checkpoint, device)
     table = error_localization(run.network, eln, images, args.threshold)
@@ -616,43 +767,54 @@ def print_error_localization(run, dataset, args, device):
         print(f"{method:12}{positive:12}{over:12}" + "".join(f"{x:10.4f}" for x in values))
 
 
-def images_to_judge(runs, dataset):
+def images_to_judge(runs, dataset, args):
     """Unlabelled images of a run that have a mask, else validation images: kind and ids."""
     unlabeled = runs[0].checkpoint["unlabeled"]
     with_mask = [key for key in unlabeled if key in dataset.files and dataset.has_mask(key)]
-    if len(runs) == 1 and with_mask:
+    if len(runs) == 1 and with_mask and not args.list:
         return "unlabelled", with_mask
-    return "validation", dataset.val
+    return args.list or "validation", dataset.val
 
 
 def draw_figures(runs, dataset, args, device):
     """Fig. 5 of one run, or several runs side by side as in Fig. 3."""
-    kind, keys = images_to_judge(runs, dataset)
+    kind, keys = images_to_judge(runs, dataset, args)
     size = runs[0].record["size"]
     eln = None
-    networks = {f"{run.path.parent}": run.network for run in runs}
-    target = runs[0].path.parent / "figures" / "compare.png"
+    folders = [str(run.path.parent).replace("/", "-") for run in runs]
+    shared = os.path.commonprefix(folders).rfind("-") + 1  # it would fill the space
+    networks = {folder[shared:]: run.network for folder, run in zip(folders, runs)}
+    name = "compare"
     if len(runs) == 1:
-        networks = networks_of_stages(runs[0], device)
+        networks = networks_of_run(runs[0], args, device)
+        networks.pop("student" if args.teacher else "teacher", None)
         eln = load_eln(runs[0].path, runs[0].checkpoint, device)
-        target = target.with_name(f"{runs[0].path.stem}.png")
+        name = output_name(runs[0], args)
     if eln is not None:
-        images = images_with_masks(dataset, keys[:100], size, device, args.workers)
+        judged = spread(keys, 100)
+        images = images_with_masks(dataset, judged, size, device, args.workers)
         table = error_localization(runs[0].network, eln, images, args.threshold)
-        line = f"average precision (1 at best), errors in {len(keys[:100])} {kind} images:"
+        line = f"average precision (1 at best), errors in {len(judged)} {kind} images:"
         for (method, _, over), values in table.items():
             if over == "AP":
                 line += f"  {method} {values[0]:.3f}"
         print(line)
     rows = []
-    keys = keys[: args.figures]
+    keys = spread(keys, args.figures)
     for key, (X, label, _) in zip(keys, images_with_masks(dataset, keys, size, device)):
         image = resize(dataset.read_image(key), label.shape)
         rows.append(panels(networks, eln, X, image, label, runs[0].record["palette"]))
-    target.parent.mkdir(exist_ok=True)
-    with replacing(target) as file:
-        sheet(rows).save(file, "PNG")
-    print(f"figures: {target}")
+    palette = runs[0].record["palette"]
+    legend = {name: tuple(colour) for name, colour in zip(dataset.classes, palette)}
+    legend["void"] = (255, 255, 255)
+    if eln is not None:
+        legend["void, rejected"] = legend.pop("void")
+        legend["wrong or rejected"] = RIGHT_OR_WRONG[1]
+    folder = args.out or runs[0].path.with_name("figures")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / f"{name}.png") as file:
+        sheet(rows, legend).save(file, "PNG")
+    print(f"figures: {folder / name}.png")
 
 
 def parse_args(argv=None):
@@ -664,6 +826,9 @@ def parse_args(argv=None):
     add("--stage", type=int, choices=(1, 2), help="of the networks (default: the latest)")
     add("--teacher", action="store_true", help="stage 2's teacher instead of its student")
     add("--data", metavar="DIR", help="of the data set (default: where the run found it)")
+    add("--list", metavar="FILE", help="of ids to score and draw, instead of val.txt's")
+    add("--out", type=Path, metavar="DIR", help="of predictions, figures (default: in RUN)")
+    add("--csv", metavar="FILE", help="with --compare: the results and options of each run")
     add("--threshold", type=within(0, 1, float), default=0.9, help="of Table 4 (default: 0.9)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--workers", type=within(0), default=0, help="processes that load data (default: 0)")

@@ -9,8 +9,6 @@ alone: the "Baseline" of Table 1.
 """
 
 import argparse
-import csv
-import io
 import math
 import os
 import sys
@@ -23,13 +21,13 @@ import torch.distributed as dist
 from torch import nn
 
 from data import (
-    DATASETS, InputError, Process, check_files, is_out_of_memory, load_dataset, make_loader,
-    one_line, printable, replacing, require, seed_step, split_ids, to_device, tolerant_output,
-    weight_of_process, within,
+    DATASETS, InputError, Process, check_files, is_out_of_memory, labeled_ids, load_dataset,
+    make_loader, masks_checksum, one_line, printable, replacing, require, seed_step, to_device,
+    tolerant_output, unlabeled_ids, weight_of_process, within,
 )
 from eln import AuxiliaryNetworks, ecn_loss
 from evaluate import (
-    CHANGEABLE, CHECKPOINT, diagnosis, load_state, read_checkpoint, validate,
+    CHANGEABLE, CHECKPOINT, csv_text, diagnosis, load_state, read_checkpoint, validate,
 )
 from losses import auxiliary_loss, eln_loss, labeled_loss, supervised_loss
 from model import BACKBONES, DeepLabV3Plus, WeightsError
@@ -38,8 +36,8 @@ from model import BACKBONES, DeepLabV3Plus, WeightsError
 def train(args, process):
     """Sec. 3.1: pre-training with L_sup, then L_labeled of Eq. (7)."""
     dataset = load_dataset(args.dataset, args.data)
-    lists = (args.labeled_list, args.unlabeled_list)
-    labeled, unlabeled = split_ids(dataset, args.ratio, args.split, *lists)
+    labeled = labeled_ids(dataset, args.ratio, args.split, args.labeled_list)
+    unlabeled = unlabeled_ids(dataset, labeled, args.unlabeled_list)
 
     # Networks: E and D; the auxiliary decoders D^k and ELN.
     torch.manual_seed(args.seed)  # of their first weights
@@ -91,22 +89,39 @@ def train(args, process):
 
         # Log, validate, save.
         is_scored = step % args.eval_every == 0 or step == steps
-        if is_scored or step % args.log_every == 0:
+        if is_scored or step % args.log_every == 0 or step == args.pretrain_iters:
             row = log_row(step, terms, weight, process)
             if step > args.pretrain_iters:
                 row.update(diagnosis(logits, aux_logits, valid_logits, label, process))
             if is_scored:
                 row["mIoU"] = validate(nets["main"], dataset, args, process)
             rows.append(row)
-        if step % args.save_every == 0 or step == steps:
-            save(run, dataset, step, rows, nets, optimizer, scaler, process)
+        if step == args.pretrain_iters < steps and process.rank == 0:
+            warn_of_idle_decoders(rows, args, len(dataset.classes))
+        save_when_due(run, dataset, step, steps, rows, nets, optimizer, scaler, process)
+
+
+def warn_of_idle_decoders(rows, args, num_classes):
+    """Say which decoders Eq. (3) will not train, after the pre-training that left these rows.
+
+    D^k learns on an image only while its loss, at first that of chance, log C, is above alpha^k
+    times the main decoder's.
+    """
+    late = [row["L_sup"] for row in rows if row["step"] > 0.9 * args.pretrain_iters]
+    L_sup = sum(late) / len(late)
+    L_chance = math.log(num_classes)
+    for k, alpha_k in enumerate(args.alphas, start=1):
+        if alpha_k * L_sup > L_chance:
+            loss = f"alpha {alpha_k:g} times L_sup {L_sup:.3f} is above log {num_classes}"
+            remedy = "give smaller --alphas or more --pretrain-iters"
+            print(f"auxiliary decoder {k} will hardly learn, as {loss} (Eq. 3): {remedy}")
 
 
 # ---- Processes and precision (both stages) ----
 
 
 def start_process(args):
-    """Join the processes that torchrun started, if any, and settle --amp auto -> Process."""
+    """Join the processes that torchrun started, if any -> Process."""
     rank = int(os.environ.get("RANK", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -121,14 +136,17 @@ def start_process(args):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True  # sizes are fixed in training
-    if args.amp == "auto":
-        args.amp = "off"
-        if gpus > 0:
-            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-            args.amp = "bfloat16" if has_bfloat16 else "float16"
     if world > 1:
         dist.init_process_group("nccl" if gpus > 0 else "gloo")
     return Process(rank, world, device)
+
+
+def float_type(amp, device):
+    """The type of --amp for a device: "bfloat16", "float16", or "float32" where it is off."""
+    if amp == "auto" and device.type == "cuda":
+        has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if has_bfloat16 else "float16"
+    return "float32" if amp in ("auto", "off") else amp
 
 
 def prepare(nets, args, process):
@@ -139,7 +157,7 @@ def prepare(nets, args, process):
     Returns the segmentation network and the auxiliary networks (or None) as they are to be
     called, which averages gradients over processes; AdamW of Sec. 4.2, which skips parameters
     without a gradient (D^k and ELN in the pre-training); a gradient scaler, which works with
-    float16 alone, and autocast, which does nothing with --amp off.
+    float16 alone, and autocast, which does nothing with float32.
     """
     device = process.device
     is_gpu = device.type == "cuda"
@@ -155,9 +173,10 @@ def prepare(nets, args, process):
     encoder_rate = args.lr if args.backbone_lr is None else args.backbone_lr
     groups = [{"params": encoders, "lr": encoder_rate}, {"params": others, "lr": args.lr}]
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "float16")
-    dtype = None if args.amp == "off" else getattr(torch, args.amp)
-    autocast = torch.autocast(device.type, dtype, enabled=args.amp != "off")
+    dtype = getattr(torch, float_type(args.amp, device))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    is_mixed = dtype != torch.float32
+    autocast = torch.autocast(device.type, dtype if is_mixed else None, enabled=is_mixed)
     network = average_gradients(nets["student" if "student" in nets else "main"], process)
     auxiliary = None
     if "auxiliary" in nets:
@@ -200,7 +219,9 @@ def open_run(stage, args, dataset, labeled, unlabeled, process):
         for note in check_files(dataset, labeled, unlabeled, args.size):
             print(printable(note), flush=True)
     run = dict(stage=stage, args=vars(args), labeled=labeled, unlabeled=unlabeled)
+    run["masks"] = masks_checksum(dataset, labeled)
     run["classes"] = list(dataset.classes)
+    run["saved"] = time.monotonic()  # when its checkpoint was written last
     return run, lock_folder(args.out, process)
 
 
@@ -244,15 +265,16 @@ def resume(run, steps, nets, optimizer, scaler, process):
         require_same_run(run, checkpoint, path)
         load_state(nets, checkpoint["networks"], path)
         load_optimizer(optimizer, checkpoint["optimizer"], path)
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it is empty if float16 was not used
+            scaler.load_state_dict(checkpoint["scaler"])
         start, rows = checkpoint["step"], checkpoint["rows"]
     if process.rank == 0:
         state = f"begins after {start} of {steps} steps"
         if start == steps:
             state = f"is finished ({steps} steps)"
         images = f"{len(run['labeled'])} labelled, {len(run['unlabeled'])} unlabelled images"
-        precision = run["args"]["amp"].replace("off", "float32")
-        print(f"{path} {state}; {images}; {process.device}, {precision}", flush=True)
+        dtype = float_type(run["args"]["amp"], process.device)
+        print(f"{path} {state}; {images}; {process.device}, {dtype}", flush=True)
     return start, rows
 
 
@@ -272,15 +294,30 @@ def load_optimizer(optimizer, state, path):
 
 
 def require_same_run(run, checkpoint, path):
-    """Raises InputError, naming the first difference, unless the checkpoint is of this run."""
+    """Raises InputError, naming the first difference, unless the checkpoint is of this run.
+
+    More steps may be asked for than before. Stage 1 does not use unlabelled images.
+    """
     advice = "give the same to go on, or another --out"
+    steps = "iters" if run["stage"] == 2 else "eln_iters"
     for key, value in run["args"].items():
         before = checkpoint["args"].get(key)
-        if key not in CHANGEABLE and before != value:
+        is_longer = key == steps and 0 < before < value
+        if key not in CHANGEABLE and before != value and not is_longer:
             option = f"--{key.replace('_', '-')} {before}, but this command has {value}"
             raise InputError(f"{path} was made with {option}; {advice}")
-    for key in ("labeled", "unlabeled", "classes"):
+    compared = ["labeled", "masks", "classes"]
+    if run["stage"] == 2:
+        compared.append("unlabeled")
+    for key in compared:
         require(checkpoint[key] == run[key], f"{path} was made with other {key}; {advice}")
+
+
+def save_when_due(run, dataset, step, steps, rows, nets, optimizer, scaler, process):
+    """Save after every --save-every steps, after ten minutes without, and at the end."""
+    is_late = time.monotonic() - run["saved"] > 600
+    if is_late or step % run["args"]["save_every"] == 0 or step == steps:
+        save(run, dataset, step, rows, nets, optimizer, scaler, process)
 
 
 def save(run, dataset, step, rows, nets, optimizer, scaler, process):
@@ -303,6 +340,7 @@ def save(run, dataset, step, rows, nets, optimizer, scaler, process):
     student["crop"] = dataset.crop
     student["step"] = step
     checkpoint = dict(run, step=step, rows=rows, networks=nets.state_dict())
+    del checkpoint["saved"]
     checkpoint["optimizer"] = optimizer.state_dict()
     checkpoint["scaler"] = scaler.state_dict()
     with replacing(folder / f"student_stage{stage}.pt") as file:
@@ -311,6 +349,7 @@ def save(run, dataset, step, rows, nets, optimizer, scaler, process):
         file.write(csv_text(rows).encode())
     with replacing(folder / f"stage{stage}.pt") as file:
         torch.save(checkpoint, file)
+    run["saved"] = time.monotonic()
 
 
 def require_finite(step, nets, optimizer):
@@ -319,17 +358,8 @@ def require_finite(step, nets, optimizer):
     for state in optimizer.state.values():
         tensors += state.values()
     if not torch.nn.utils.get_total_norm(tensors).isfinite():
-        sys.exit(f"a weight or moment is not finite after step {step}; a smaller --lr may help")
-
-
-def csv_text(rows):
-    """The log's rows, dictionaries of which each may lack some columns, as CSV."""
-    text = io.StringIO()
-    columns = dict.fromkeys(name for row in rows for name in row)
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+        remedy = "a smaller --lr, with another --out, may help"
+        sys.exit(f"a weight or moment is not finite after step {step}; {remedy}")
 
 
 def log_row(step, terms, weight, process):
@@ -342,34 +372,61 @@ def log_row(step, terms, weight, process):
     row = {"step": step, **dict(zip(terms, means.tolist()))}
     for name, value in row.items():
         if not math.isfinite(value):
-            sys.exit(f"step {step}: {name} is {value}; a smaller --lr or --amp off may help")
+            remedy = "a smaller --lr or --amp off, with another --out, may help"
+            sys.exit(f"step {step}: {name} is {value}; {remedy}")
     return row
 
 
 def progress(batches, rows, start, steps, process):
-    """(step, batch) from start + 1 on, and what the terminal shows of the training.
+    """(step, batch) from start + 1 on, and what the first process shows of the training.
 
-    It prints each row that the loop adds to `rows`, without the diagnosis, and on a terminal in
-    between a line that renews itself every second.
+    It prints each row that the loop adds to `rows`, and the time left at the pace since the row
+    before. In between, a terminal has a line that renews itself every second, and a file or a
+    pipe one line after the first five steps.
     """
-    is_terminal = process.rank == 0 and sys.stdout is not None and sys.stdout.isatty()
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
     clear_line = "\r\033[K" if is_terminal else ""
-    began = shown = time.monotonic()
+    line_end = "" if is_terminal else "\n"
+    row_step = start
+    row_time = shown = time.monotonic()
     for step, batch in enumerate(batches, start + 1):
         yield step, batch
+        if process.rank > 0:
+            continue
         now = time.monotonic()
-        if rows and rows[-1]["step"] == step and process.rank == 0:
-            line = f"{clear_line}{step}/{steps}"
-            for name, value in rows[-1].items():
-                if name.startswith(("L_", "accepted", "mIoU")):
-                    line += f"  {name} {value:.3g}"
-            print(line, flush=True)
+        left = duration((now - row_time) / (step - row_step) * (steps - step))
+        head = f"{clear_line}{step}/{steps}"
+        if rows and rows[-1]["step"] == step:
+            end = "" if step == steps else f"  {left}"
+            print(f"{head}{row_text(rows[-1])}{end}", flush=True)
+            row_step = step
+            row_time = shown = now
+        elif step == start + 5 or (is_terminal and now - shown > 1):
+            print(f"{head}  {left}", end=line_end, flush=True)
             shown = now
-        elif is_terminal and now - shown > 1:
-            seconds = int((now - began) / (step - start) * (steps - step))
-            left = f"{seconds // 60}:{seconds % 60:02d} left"
-            print(f"{clear_line}{step}/{steps}  {left}", end="", flush=True)
-            shown = now
+
+
+def row_text(row):
+    """What the screen shows of a row of the log: the losses, what is accepted, and mIoU."""
+    text = ""
+    for name, value in row.items():
+        if name.startswith("L_") or name in ("accepted", "mIoU", "mIoU_teacher"):
+            text += f"  {name} {value:.3g}"
+        if name == "accepted":
+            shares = {key: row[key] for key in row if key.startswith("accepted_")}  # of classes
+            least = min(shares, key=shares.get)
+            text += f" ({least.split('_', 2)[2]} {shares[least]:.3g})"
+            if value < 0.01:
+                text += ", so almost no pseudo label counts"
+    return text
+
+
+def duration(seconds):
+    """The time left: "about 40 s left", or in minutes, hours or days."""
+    for unit, name in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * unit:
+            return f"about {seconds / unit:.0f} {name} left"
+    return f"about {seconds:.0f} s left"
 
 
 # ---- Command line ----
@@ -390,6 +447,7 @@ VOC = dict(
     workers=min(4, os.cpu_count()),  # ours
     save_every=1000,  # ours: some minutes
     eval_every=2660,  # ten times 266 steps
+    alphas=[20.0, 50.0],  # Sec. 4.2
 )
 CITYSCAPES = dict(
     VOC,
@@ -398,6 +456,22 @@ CITYSCAPES = dict(
     batch_size=4,  # Sec. 4.2
     pretrain_iters=26600,  # 100 times 266 steps
     eln_iters=15428,  # 58 times 266 steps
+)
+FOLDER = dict(  # ours, for a small set: about an hour on two CPU cores, minutes on a GPU
+    VOC,
+    ratio=None,  # every image that has a mask is labelled
+    size=[128, 128],
+    batch_size=4,
+    pretrain_iters=1500,
+    eln_iters=300,
+    lr=1e-3,
+    backbone_lr=1e-4,  # its weights are good already
+    backbone="resnet18",
+    eln_backbone="resnet18",
+    width=64,
+    save_every=300,
+    eval_every=300,
+    alphas=[5.0, 10.0],  # as for `shapes`
 )
 SHAPES = dict(  # ours: what two CPU cores do in two minutes
     ratio="1/20",
@@ -414,8 +488,9 @@ SHAPES = dict(  # ours: what two CPU cores do in two minutes
     workers=0,
     save_every=200,
     eval_every=1000,
+    alphas=[5.0, 10.0],  # in few steps L_sup stays too large for 20 and 50, see Eq. (3)
 )
-DEFAULTS = {"voc": VOC, "cityscapes": CITYSCAPES, "folder": VOC, "shapes": SHAPES}
+DEFAULTS = {"voc": VOC, "cityscapes": CITYSCAPES, "folder": FOLDER, "shapes": SHAPES}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -429,7 +504,8 @@ def make_parser(doc):
     rate = within(0, 1e9, float)
     seed = within(0, 2**32 - 1)
     add("--dataset", choices=DATASETS, default="shapes", help="it sets the other defaults")
-    add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2)")
+    add("--ratio", help="labelled share of the training images, rounded down (Sec. 4.2); None: "
+        "all that have a mask")
     add("--split", type=seed, default=0, help="which random subset; the paper has three")
     add("--batch-size", type=within(1), help="images of each kind a step, over all processes")
     add("--lr", type=rate, help="learning rate of AdamW (Sec. 4.2)")
@@ -441,6 +517,7 @@ def make_parser(doc):
         help="mixed precision; auto: off on a CPU, bfloat16 where the GPU has it, else float16",
     )
     add("--data", default="datasets", metavar="DIR", help="where the data set lies (README)")
+    add("--unlabeled-list", metavar="FILE", help="ids of unlabelled images, not all others")
     add("--out", metavar="DIR", help="the run's folder; by default named after other options")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
     add("--workers", type=within(0), help="processes that load data, per kind of images")
@@ -457,7 +534,6 @@ def parse_args(argv=None):
     add = parser.add_argument
     first_weights = "imagenet, none, or a torchvision state dict (Sec. 4.1)"
     add("--labeled-list", metavar="FILE", help="ids of labelled images, not --ratio, --split")
-    add("--unlabeled-list", metavar="FILE", help="ids of unlabelled images, not all others")
     add("--backbone", choices=BACKBONES, help="of the main network (Sec. 4.1)")
     add("--weights", help=f"its first weights: {first_weights}")
     add("--eln-backbone", choices=BACKBONES, help="of ELN (Sec. 4.1)")
@@ -465,7 +541,7 @@ def parse_args(argv=None):
     add("--width", type=within(1), help="channels of ASPP and decoders (DeepLabv3+: 256)")
     add("--size", type=within(32), nargs=2, metavar=("H", "W"), help="of views (Sec. 4.2)")
     add(
-        "--alphas", type=within(0, 1e9, float), nargs="*", default=[20.0, 50.0],
+        "--alphas", type=within(0, 1e9, float), nargs="*",
         help="one for each auxiliary decoder, Eq. (3); none: K = 0",
     )
     add("--corrector", choices=("eln", "ecn"), default="eln", help="ELN, or s-ECN (Sec. 4.3)")
@@ -482,9 +558,11 @@ def parse_args(argv=None):
 
 def default_folder(args):
     """runs/shapes-1_20-0, with -ecn for the s-ECN and -supervised for L_sup alone."""
-    subset = f"{args.ratio.replace('/', '_')}-{args.split}"
+    subset = "all"
     if args.labeled_list:
         subset = Path(args.labeled_list).stem
+    elif args.ratio is not None:
+        subset = f"{args.ratio.replace('/', '_')}-{args.split}"
     kind = "" if args.corrector == "eln" else "-ecn"
     if args.eln_iters == 0:
         kind = "-supervised"

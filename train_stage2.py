@@ -5,12 +5,13 @@
     torchrun --nproc_per_node=4 train_stage2.py --dataset voc --ratio 1/20
 
 It begins with the networks of stage 1. Options that are not given are stage 1's, but for
---out, --device and --amp (on `shapes` --lr too). The teacher labels, ELN rejects, the student
-learns from labelled images and from perturbed unlabelled ones.
+--out, --device and --amp (on `shapes` and `folder` the rates too). The teacher labels, ELN
+rejects, the student learns from labelled images and from perturbed unlabelled ones.
 """
 
 import copy
 import io
+import re
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -22,8 +23,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data import (
-    VOID, InputError, images_of_process, load_dataset, make_loader, require, require_disjoint,
-    seed_step, to_device, weight_of_process, within,
+    VOID, InputError, images_of_process, load_dataset, make_loader, masks_checksum, require,
+    seed_step, to_device, unlabeled_ids, weight_of_process, within,
 )
 from eln import AuxiliaryNetworks, ecn_loss, eln_input
 from evaluate import diagnosis, load_state, read_checkpoint, validate
@@ -35,13 +36,13 @@ from model import DeepLabV3Plus
 from train_stage1 import parse_args as parse_stage1
 from train_stage1 import (
     log_row, make_parser, open_run, prepare, progress, resume, run_script, same_statistics,
-    save,
+    save_when_due,
 )
 
 
 def train(args, process):
     """Sec. 3.2: L_labeled on labelled images, L_unlabeled on those that the teacher labels."""
-    dataset, stage1 = load_stage1(args)
+    dataset, stage1, unlabeled = load_stage1(args)
 
     # Networks: the student goes on where stage 1 ended, the teacher begins as its copy. The
     # teacher is always in eval mode: fixed BatchNorm statistics, no dropout. Student, D^k and
@@ -49,7 +50,7 @@ def train(args, process):
     # student into eval mode to validate it, and judge puts ELN into it to filter labels.
     nets = make_networks(args, stage1)
     # The lock of the run's folder holds until this function ends.
-    run, lock = open_run(2, args, dataset, stage1["labeled"], stage1["unlabeled"], process)
+    run, lock = open_run(2, args, dataset, stage1["labeled"], unlabeled, process)
     # student and auxiliary are nets[...], in DDP if there are several processes.
     student, auxiliary, optimizer, scaler, autocast = prepare(nets, args, process)
     nets.train()
@@ -65,6 +66,7 @@ def train(args, process):
     w_contra = 1.0 if "contra" in args.losses else 0.0
 
     start, rows = resume(run, args.iters, nets, optimizer, scaler, process)
+    rows = rows or [first_row(stage1)]
     batches = make_batches(dataset, run, start, args, process)
     weight = weight_of_process(args.batch_size, process)  # of its images; for one process 1
 
@@ -98,9 +100,8 @@ def train(args, process):
         with autocast:
             logits_a, feature_s, _ = student(image_a, embed=True)  # P^a, f
         L_pseudo = w_pseudo * pseudo_label_loss(logits_a, pseudo_label, valid)  # Eq. (9)
-        f, f_teacher, y, y_key, scale_V = pixels_of_V(
-            feature_s, feature_t, pseudo_label, valid, args, step, process
-        )
+        pixels = pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process)
+        f, f_teacher, y, y_key, scale_V = pixels
         L_contra = w_contra * scale_V * contrast(f, f_teacher, y, y_key, args.tau)  # Eq. (10)
         L_unlabeled = unlabeled_loss(L_pseudo, L_contra)  # Eq. (11)
         scaler.scale(weight * L_unlabeled).backward()
@@ -115,16 +116,16 @@ def train(args, process):
         is_scored = step % args.eval_every == 0 or step == args.iters
         if is_scored or step % args.log_every == 0:
             terms = dict(L_sup=L_sup, L_aux=L_aux, L_eln=L_eln, L_pseudo=L_pseudo)
-            terms.update(L_contra=L_contra, accepted=valid.float().mean())
-            row = log_row(step, terms, weight, process)
+            terms["L_contra"] = L_contra
+            row = log_row(step, trained(terms, args), weight, process)
+            row.update(acceptance(pseudo_label, valid, dataset.classes, process))
             if eln is not None:
                 row.update(diagnosis(logits, aux_logits, valid_logits, label, process))
             if is_scored:
                 row["mIoU"] = validate(nets["student"], dataset, args, process)
                 row["mIoU_teacher"] = validate(teacher, dataset, args, process)
             rows.append(row)
-        if step % args.save_every == 0 or step == args.iters:
-            save(run, dataset, step, rows, nets, optimizer, scaler, process)
+        save_when_due(run, dataset, step, args.iters, rows, nets, optimizer, scaler, process)
 
 
 @torch.no_grad()
@@ -157,6 +158,25 @@ def judge(eln, image_u, logits):
     output = eln(eln_input(image_u, logits))
     eln.train()
     return output
+
+
+@torch.no_grad()
+def acceptance(pseudo_label, valid, classes, process):
+    """Shares of the pixels that the filter accepts: columns of the log, of one batch.
+
+    accepted         of all pixels
+    accepted_3_car   of those that the teacher takes for class 3, car; none without such pixels
+    """
+    counts = []
+    for label in (pseudo_label, pseudo_label[valid]):
+        counts.append(torch.bincount(label.flatten(), minlength=len(classes)))
+    labeled, accepted = process.sum(torch.stack(counts)).tolist()  # pixels of each class
+    row = {"accepted": sum(accepted) / sum(labeled)}
+    for c, name in enumerate(classes):
+        if labeled[c] > 0:
+            word = re.sub(r"\W", "_", name)
+            row[f"accepted_{c}_{word}"] = accepted[c] / labeled[c]
+    return row
 
 
 def pixels_of_V(feature_s, feature_t, pseudo_label, valid, args, step, process):
@@ -246,21 +266,45 @@ def not_averaged_yet(network, process):
     return network.no_sync() if process.world > 1 else nullcontext()
 
 
+def trained(terms, args):
+    """Those of the losses, {name: loss}, that this run trains: the log has no others."""
+    names = ["L_sup"]
+    if args.filter in ("eln", "ecn"):
+        names += ["L_aux", "L_eln"]
+    names += [f"L_{name}" for name in args.losses]
+    return {name: loss for name, loss in terms.items() if name in names}
+
+
+def first_row(stage1):
+    """The log begins with what stage 1 reached, as student and teacher begin there."""
+    mIoU = stage1["rows"][-1]["mIoU"]
+    return {"step": 0, "mIoU": mIoU, "mIoU_teacher": mIoU}
+
+
 # ---- What stage 1 left ----
 
 
 def load_stage1(args):
-    """The data set and stage 1's checkpoint, which must belong together. Raises InputError."""
+    """The data set, stage 1's checkpoint, and the ids of the unlabelled images.
+
+    The labelled images are those of stage 1, with the same masks; the unlabelled ones are read
+    anew, as stage 1 did not use them. Raises InputError if the parts do not belong together.
+    """
     path = Path(args.run, "stage1.pt")
     stage1 = read_checkpoint(path, stage=1)
     dataset = load_dataset(args.dataset, args.data)
-    for key in stage1["labeled"] + stage1["unlabeled"]:
+    for key in stage1["labeled"]:
         is_there = key in dataset.files
         require(is_there, f"{path} was made with images that --data {args.data} lacks: {key}")
-    require_disjoint(stage1["labeled"], stage1["unlabeled"], dataset.val)
     same_classes = stage1["classes"] == list(dataset.classes)
     require(same_classes, f"{path} was made with other classes than --data {args.data} has")
-    return dataset, stage1
+    same_masks = stage1["masks"] == masks_checksum(dataset, stage1["labeled"])
+    again = "run train_stage1.py again, with another --out"
+    require(same_masks, f"the masks of labelled images are no longer those of {path}: {again}")
+    unlabeled = unlabeled_ids(dataset, stage1["labeled"], args.unlabeled_list)
+    remedy = "run train_stage1.py with --ratio, or name more images in train.txt"
+    require(unlabeled, f"there is no unlabelled image: {remedy}")
+    return dataset, stage1, unlabeled
 
 
 def make_networks(args, stage1):
@@ -296,13 +340,19 @@ VOC = dict(
 )
 DEFAULTS = {
     "voc": VOC,
-    "folder": VOC,
+    "folder": dict(
+        iters=600,  # ours: what two CPU cores do in half an hour
+        beta=0.99,  # in few steps the teacher must follow sooner
+        contrast_pixels=1024,
+        lr=3e-4,  # less than stage 1's, so that the student swings less
+        backbone_lr=3e-5,
+    ),
     "cityscapes": dict(VOC, iters=90972),  # 342 times 266 steps
     "shapes": dict(
         iters=120,  # ours: what two CPU cores do in three minutes
         beta=0.95,  # in few steps the teacher must follow sooner
         contrast_pixels=1024,
-        lr=3e-4,  # less than stage 1's, so that the student swings less
+        lr=3e-4,  # less than stage 1's
     ),
 }
 
@@ -328,14 +378,19 @@ def parse_args(argv=None):
         "--losses", nargs="+", choices=("pseudo", "contra"),
         help="of Table 6; by default both, with --filter threshold pseudo alone",
     )
-    given = parser.parse_args([word for word in argv if word not in ("-h", "--help")])
-    options = stage1_options({"dataset": given.dataset}, None)  # the defaults
-    ratio = (given.ratio or options["ratio"]).replace("/", "_")
-    default = f"runs/{given.dataset}-{ratio}-{given.split}"
-    path = Path(given.run or given.out or default, "stage1.pt")
+    words = [word for word in argv if word not in ("-h", "--help")]
+    given, unknown = parser.parse_known_args(words)
+    options = stage1_options(vars(given), None)  # the defaults
+    for word in unknown:
+        option = word.partition("=")[0]
+        is_known = option.startswith("--") and option[2:].replace("-", "_") in options
+        advice = "leave it out, as stage 2 takes what is in stage 1's checkpoint"
+        require(not is_known, f"{option} is an option of train_stage1.py alone: {advice}")
+    path = Path(given.run or given.out or options["out"], "stage1.pt")
     stage1 = read_checkpoint(path, stage=1) if path.exists() else None
     if stage1 is not None:
         options = stage1_options(stage1["args"], path)
+    del options["out"]
     parser.set_defaults(**{**options, **DEFAULTS[options["dataset"]]})
     parser.set_defaults(weights="none", eln_weights="none")  # stage 1's networks have them
     args = parser.parse_args(argv)
@@ -361,7 +416,7 @@ def stage1_options(args, path):
     Raises InputError for others, which a file of another origin might hold.
     """
     words = []
-    own = [key for key in vars(parse_stage1([])) if key not in ("out", "device", "amp")]
+    own = [key for key in vars(parse_stage1([])) if key not in ("device", "amp")]
     for key in own:
         value = args.get(key)
         if value is not None:
@@ -384,8 +439,6 @@ def require_usable(stage1, before, args, path):
     step = stage1["step"]
     steps = before["pretrain_iters"] + before["eln_iters"]
     require(step == steps, f"{path} is unfinished (step {step}): let train_stage1.py end")
-    left = "nothing is left for stage 2"
-    require(stage1["unlabeled"], f"every training image of {path} is labelled: {left}")
     is_trained = args.filter == args.corrector and args.eln_iters > 0
     require(
         is_trained or args.filter in ("threshold", "none"),

@@ -8,6 +8,7 @@ The tests write their images into a temporary folder; nothing is downloaded.
 import argparse
 import io
 import os
+import struct
 import sys
 import unicodedata
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets import SBDataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -25,8 +26,8 @@ from torchvision.transforms.v2 import functional as TF
 import data
 from conftest import InterruptedFile
 from data import (
-    IndexStream, InputError, Process, SegmentationData, Views, check_files, load_dataset, make_loader,
-    split_ids,
+    IndexStream, InputError, Process, SegmentationData, Views, check_files, labeled_ids,
+    load_dataset, make_loader, masks_checksum, unlabeled_ids,
 )
 
 STREAM = (5, 1, 0)
@@ -295,6 +296,12 @@ def record(train, val=(), without_mask=()):
     return SegmentationData("folder", files, list(train), list(val), ["a", "b", "c"], data.voc_palette())
 
 
+def split_ids(dataset, ratio, split, labeled_list=None, unlabeled_list=None):
+    """The ids of D_L and of D_U."""
+    labeled = labeled_ids(dataset, ratio, split, labeled_list)
+    return labeled, unlabeled_ids(dataset, labeled, unlabeled_list)
+
+
 @pytest.mark.parametrize(
     "N, ratio, count",
     [
@@ -328,6 +335,20 @@ def test_the_ratio_counts_images_without_a_mask_too():
     assert len(labeled) == 25
     assert len(unlabeled) == 75
     assert all(int(key) % 2 == 1 for key in labeled)
+
+
+def test_without_a_ratio_every_training_image_that_has_a_mask_is_labelled():
+    dataset = record("dcba", val="v", without_mask="db")
+    for split in (0, 1):
+        assert split_ids(dataset, None, split) == (["c", "a"], ["d", "b"])
+    assert split_ids(record("cab", val="v"), None, 0) == (["c", "a", "b"], [])
+
+
+def test_without_a_ratio_a_data_set_without_masks_is_refused():
+    dataset = record("abcd", val="v", without_mask="abcd")
+    dataset.mask_rule = "in some folder"
+    with pytest.raises(InputError, match="no training image has a mask in some folder"):
+        labeled_ids(dataset, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -385,9 +406,9 @@ def test_a_list_of_unlabelled_images_leaves_the_ratio(tmp_path):
 @pytest.mark.parametrize(
     "labeled, unlabeled, words",
     [
-        ("a\nb\n", "c\nb\n", "overlap: 1 ids, b"),
-        ("a\nv\n", None, "validation.*: 1 ids, v"),
-        ("a\n", "b\nv\n", "validation.*: 1 ids, v"),
+        ("a\nb\n", "c\nb\n", "overlap: 1 ids, such as b; take them out of one list"),
+        ("a\nv\n", None, "validation.*: 1 ids, such as v; take them out"),
+        ("a\n", "b\nv\n", "validation.*: 1 ids, such as v; take them out"),
         ("a\nx\n", None, "'x'"),
         ("a\n", "y\n", "'y'"),
         ("\n", None, "names no image"),
@@ -398,6 +419,16 @@ def test_list_files_that_overlap_or_name_no_image_are_refused(tmp_path, labeled,
     dataset = record("abcd", val="v", without_mask="d")
     with pytest.raises(InputError, match=words):
         split_ids(dataset, "nonsense", 0, *lists(tmp_path, labeled, unlabeled))
+
+
+def test_a_val_txt_that_is_train_txt_is_refused_with_the_remedy():
+    dataset = record("abcd")
+    dataset.val = list(dataset.train)
+    labeled = labeled_ids(dataset, "1/2", 0)
+    with pytest.raises(InputError) as caught:
+        unlabeled_ids(dataset, labeled)
+    assert "overlap: 4 ids, such as a;" in str(caught.value)
+    assert "take them out of one list (those of val.txt out of train.txt)" in str(caught.value)
 
 
 # ---- The data sets ----
@@ -473,6 +504,37 @@ def test_images_are_turned_upright_as_exif_says(folder, tag, turn, suffix):
     check_files(dataset, ["a0"], [], (9, 9))
 
 
+def odd_exif(*tag):
+    """EXIF, little-endian: orientation 6, and another tag (number, type, count, four bytes)."""
+    entries = [struct.pack("<HHI4s", 0x0112, 3, 1, b"\6\0\0\0"), struct.pack("<HHI4s", *tag)]
+    return b"Exif\0\0II*\0\10\0\0\0\2\0" + b"".join(entries) + bytes(4)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (0x011A, 2, 3, b"72\0\0"),  # XResolution, a rational, as a text
+        (0x0128, 2, 2, b"2\0\0\0"),  # ResolutionUnit, a short, as a text
+        (0x0128, 9, 1, b"\xff\xff\xff\xff"),  # and as a negative number
+    ],
+    ids=["a text for a rational", "a text for a short", "a negative short"],
+)
+def test_an_image_with_odd_exif_is_turned_upright(folder, tag, suffix):
+    """Pillow alone fails at the other tag, which has nothing to do with how the image lies."""
+    stored = np.kron(rgb(7, 3, 2), np.ones((8, 8, 1), np.uint8))
+    (folder / "images/a0.jpg").unlink()
+    path = folder / f"images/a0.{suffix}"
+    write(path, stored, exif=odd_exif(*tag))
+    with Image.open(path) as image:
+        with pytest.raises((TypeError, struct.error)):
+            ImageOps.exif_transpose(image)
+    read = load_dataset("folder", folder).read_image("a0").permute(1, 2, 0).numpy().astype(int)
+    turned = np.rot90(stored, -1)
+    assert read.shape == turned.shape
+    assert np.abs(read - turned).mean() < (1e-9 if suffix == "png" else 20)
+
+
 def test_cityscapes_label_ids_become_the_19_official_train_ids(tmp_path):
     label = np.tile(np.uint8([*range(34), 255]), (3, 1))
     for part, city in (("train", "aachen"), ("val", "ulm"), ("test", "bonn")):
@@ -489,9 +551,50 @@ def test_cityscapes_label_ids_become_the_19_official_train_ids(tmp_path):
     assert len(dataset.classes) == 19
     shown = [(dataset.classes[i], *dataset.palette[i].tolist()) for i in (0, 1, 18)]
     assert shown == [("road", 128, 64, 128), ("sidewalk", 244, 35, 232), ("bicycle", 119, 11, 32)]
-    assert check_files(dataset, dataset.train, [], (3, 35)) == []
+    (note,) = check_files(dataset, dataset.train, [], (3, 35))
+    assert "no unlabelled image" in note
     with pytest.raises(InputError, match="is 3x35, too small for --size"):
         check_files(dataset, [], dataset.train, (4, 35))
+
+
+def test_other_files_of_cityscapes_are_no_images(tmp_path):
+    for part in ("train/aachen", "val/ulm"):
+        write(tmp_path / f"leftImg8bit/{part}/a_0_leftImg8bit.png", rgb(0))
+        (tmp_path / f"leftImg8bit/{part}/a_1_leftImg8bit.json").write_text("{}")
+    dataset = load_dataset("cityscapes", tmp_path)
+    assert list(dataset.files) == ["train/aachen/a_0", "val/ulm/a_0"]
+
+
+def test_a_folder_with_a_dot_in_its_name_is_no_file(folder):
+    (folder / "masks/a0.png").unlink()
+    (folder / "masks/a0.old").mkdir()
+    assert not load_dataset("folder", folder).has_mask("a0")
+
+
+@pytest.mark.parametrize("kind", [1, 4], ids=["a smaller copy", "a transparency mask"])
+def test_the_overviews_of_a_geotiff_are_no_pages(folder, kind):
+    (folder / "images/a0.jpg").unlink()
+    page = Image.fromarray(rgb(5))
+    overview = Image.fromarray(rgb(6)[::2, ::2])
+    overview.encoderinfo = {"tiffinfo": {254: kind}}
+    path = folder / "images/a0.tif"
+    page.save(path, save_all=True, append_images=[overview])
+    with Image.open(path) as image:
+        assert image.n_frames == 2
+    read = load_dataset("folder", folder).read_image("a0").permute(1, 2, 0).numpy()
+    assert np.array_equal(read, rgb(5))
+
+
+def test_a_missing_mask_of_cityscapes_is_named_with_its_ending(tmp_path):
+    """As where gtFine was unpacked without the label ids."""
+    for name in ("train/aachen/aachen_0", "val/ulm/ulm_0"):
+        write(tmp_path / f"leftImg8bit/{name}_leftImg8bit.png", rgb(0))
+        write(tmp_path / f"gtFine/{name}_gtFine_color.png", rgb(0))
+    dataset = load_dataset("cityscapes", tmp_path)
+    assert not dataset.has_mask("train/aachen/aachen_0")
+    words = "leftImg8bit.png has no mask of the same name and the ending _gtFine_labelIds"
+    with pytest.raises(InputError, match=f"{words} in"):
+        dataset.read_label("train/aachen/aachen_0")
 
 
 @pytest.mark.parametrize(
@@ -499,7 +602,9 @@ def test_cityscapes_label_ids_become_the_19_official_train_ids(tmp_path):
     [
         ("voc", "VOCdevkit/VOC2012", "VOCdevkit/VOC2012/JPEGImages", "give --data {d}"),
         ("voc", ".", "x/VOCdevkit/VOC2012/JPEGImages", "give --data {d}/x"),
-        ("voc", ".", "JPEGImages", "run python data.py voc --data {d}"),
+        ("voc", ".", "JPEGImages", "{d} must be called VOCdevkit/VOC2012 (a link will do)"),
+        ("voc", ".", "VOC2012/JPEGImages", "{d}/VOC2012 must be called VOCdevkit/VOC2012"),
+        ("voc", ".", "x", "run python data.py voc --data {d}"),
         ("voc", ".", "VOCdevkit/VOC2012/JPEGImages", "run python data.py voc --data {d}"),
         ("cityscapes", "leftImg8bit", "leftImg8bit", "give --data {d}"),
         ("cityscapes", ".", "leftImg8bit/train", "leftImg8bit must have images in train and in val"),
@@ -644,7 +749,7 @@ def test_data_in_other_shapes_are_the_same(folder, case):
     USED[case](folder)
     dataset = load_dataset("folder", folder)
     assert (dataset.train, dataset.val, dataset.classes) == (before.train, before.val, before.classes)
-    assert list(dataset.files) == list(before.files)
+    assert [key for key in dataset.files if key in before.files] == list(before.files)
     assert split_ids(dataset, "2/5", 0) == split_ids(before, "2/5", 0)
     assert check_files(dataset, ["a0", "a1", "a2", "a3"], ["a4"], (20, 30)) == []
     assert all(map(torch.equal, images, map(dataset.read_image, dataset.train)))
@@ -690,6 +795,60 @@ def test_a_program_is_not_run_as_an_image(folder):
         with pytest.raises(InputError, match="a0.jpg cannot be read as"):
             dataset.read_image("a0")
     assert not interpreter.called
+
+
+def test_a_photo_with_a_preview_is_read_without_it(folder):
+    """Cameras write MPO files, which are called .jpg; some programs cut the preview off."""
+    photo = np.kron(rgb(7, 3, 2), np.ones((8, 8, 1), np.uint8))
+    path = folder / "images/a0.jpg"
+    preview = Image.fromarray(255 - photo)
+    write(path, photo, format="MPO", save_all=True, append_images=[preview], exif=TURN)
+    whole = path.read_bytes()
+    turned = np.rot90(photo, -1)
+    for content in (whole, whole[: whole.rindex(b"\xff\xd8\xff")]):
+        path.write_bytes(content)
+        with Image.open(path) as image:
+            assert (image.format, image.n_frames) == ("MPO", 2)
+        read = load_dataset("folder", folder).read_image("a0").permute(1, 2, 0).numpy()
+        assert read.shape == turned.shape
+        assert np.abs(read.astype(int) - turned).mean() < 20
+    assert len(content) < len(whole)
+
+
+@pytest.mark.parametrize("ending", [".heic", ".npy", ".nii.gz"])
+def test_a_listed_file_in_a_format_that_is_not_read_is_named(folder, ending):
+    """A line is its id or its name; nobody is told that there is no such image."""
+    path = folder / f"images/scan{ending}"
+    path.write_bytes(b"something")
+    for line in ("scan", f"scan{ending}", f"images/scan{ending}"):
+        (folder / "train.txt").write_text(f"a0\n{line}\n")
+        dataset = load_dataset("folder", folder)
+        with pytest.raises(InputError) as caught:
+            check_files(dataset, ["a0"], dataset.train[1:], (20, 30))
+        assert str(caught.value).startswith(f"{path} cannot be read as PNG, TIFF, ")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ending", [".jpg", ".npy", ".nii.gz"])
+def test_a_mask_in_a_format_that_is_not_read_is_named(folder, ending):
+    """It is not called missing, nor is its image taken for an unlabelled one."""
+    (folder / "masks/a2.png").unlink()
+    path = folder / f"masks/a2{ending}"
+    path.write_bytes(b"something")
+    dataset = load_dataset("folder", folder)
+    assert labeled_ids(dataset, None, 0) == ["a0", "a1", "a2", "a3"]
+    with pytest.raises(InputError) as caught:
+        check_files(dataset, ["a0", "a2"], ["a4"], (20, 30))
+    assert str(caught.value).startswith(f"{path} cannot be read as PNG, TIFF, BMP, PPM (")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_read_goes_before_one_that_is_not(folder):
+    for name in ("images/a1.heic", "images/a1.nii.gz", "masks/a1.npy", "masks/a1.jpg"):
+        (folder / name).write_bytes(b"something")
+    image, label = load_dataset("folder", folder).read_pair("a1")
+    assert np.array_equal(image.permute(1, 2, 0), rgb(1))
+    assert np.array_equal(label, mask(1))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
@@ -778,6 +937,25 @@ def fractions(array):
     return np.float32(array[..., 0] if array.ndim == 3 else array)
 
 
+def pages(path, array):
+    """Save an image of two pages, or of two frames, which differ."""
+    write(path, array, save_all=True, append_images=[Image.fromarray(array[::-1].copy())])
+
+
+def add_pages(d, ending):
+    """Save an unlabelled image anew, with a second page."""
+    (d / "images/a1.png").unlink()
+    pages(d / f"images/a1{ending}", rgb(1))
+
+
+def convert(d, name, mode):
+    """Save an image as a TIFF of another mode."""
+    (path,) = (d / "images").glob(f"{name}.*")
+    image = Image.open(path).convert(mode)
+    path.unlink()
+    image.save(path.with_suffix(".tif"))
+
+
 def classes(text):
     """Write classes.txt."""
     return lambda d: (d / "classes.txt").write_text(text)
@@ -788,6 +966,23 @@ BROKEN = {
     "half an image": (lambda d: cut(d / "images/a0.jpg", 700), "images/a0.jpg cannot be read as"),
     "half a header": (lambda d: cut(d / "images/a1.png", 9), "images/a1.png cannot be read as"),
     "image of fractions": (lambda d: remake(d, "images/a0*", fractions, ".tif"), "a0.tif has mode F"),
+    "unlabelled image of fractions": (
+        lambda d: remake(d, "images/a1*", fractions, ".tif"),
+        "a1.tif has mode F; it must be RGB or grey integers",
+    ),
+    "image in LAB": (lambda d: convert(d, "a0", "LAB"), "a0.tif has mode LAB"),
+    "unlabelled image in LAB": (lambda d: convert(d, "a1", "LAB"), "a1.tif has mode LAB"),
+    "stack of images": (
+        lambda d: add_pages(d, ".tif"),
+        "a1.tif has 2 pages: write each to a file of its own",
+    ),
+    "animated GIF": (lambda d: add_pages(d, ".gif"), "a1.gif has 2 pages"),
+    "animated WebP": (lambda d: add_pages(d, ".webp"), "a1.webp has 2 pages"),
+    "animated PNG": (lambda d: add_pages(d, ".png"), "a1.png has 2 pages"),
+    "stack of masks": (
+        lambda d: (d / "masks/a2.png").unlink() or pages(d / "masks/a2.tif", mask(2)),
+        "a2.tif has 2 pages",
+    ),
     "turned image": (lambda d: write(d / "images/v0.png", rgb(5), exif=TURN), "(30, 20), its EXIF applied"),
     "RGB mask": (lambda d: write(d / "masks/a0.png", rgb(0)), "a0.png has mode RGB"),
     "value without a class": (lambda d: write(d / "masks/a2.png", mask(0, C=4)), "a2.png has the value 3"),
@@ -799,7 +994,10 @@ BROKEN = {
     "val without mask": (lambda d: (d / "masks/v0.png").unlink(), "images/v0.png has no mask"),
     "val mask named otherwise": (lambda d: remake(d, "masks/v*", ending="_seg.png"), "masks (PNG, TIFF, BMP"),
     "masks named otherwise": (lambda d: remake(d, "masks/*", ending="_seg.png"), "a0_seg.png fits no image"),
-    "masks as JPEG": (lambda d: remake(d, "masks/*", ending=".jpg"), "as JPEG alters classes"),
+    "masks as JPEG": (
+        lambda d: remake(d, "masks/*", ending=".jpg"),
+        "masks/a0.jpg cannot be read as PNG, TIFF, BMP, PPM (",
+    ),
     "JPEG called PNG": (lambda d: write(d / "masks/v0.png", mask(5), format="JPEG"), "cannot be read as PNG"),
     "palettes that differ": (lambda d: remake(d, "masks/a2.png", palette=GREYS[::-1]), "number the classes"),
     "two masks": (lambda d: write(d / "masks/a0.jpg.png", mask(0)), "a0.png are both masks of a0"),
@@ -807,7 +1005,10 @@ BROKEN = {
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "only 0/5 have a mask of the same name in"),
     "no train.txt": (lambda d: (d / "train.txt").unlink(), "train.txt cannot be read"),
     "empty train.txt": (lambda d: (d / "train.txt").write_text("\n"), "train.txt names no image"),
-    "an id for both": (lambda d: (d / "val.txt").write_text("v0\na4\n"), "overlap: 1 ids, a4"),
+    "an id for both": (
+        lambda d: (d / "val.txt").write_text("v0\na4\n"),
+        "overlap: 1 ids, such as a4",
+    ),
     "one id twice": (lambda d: write(d / "images/a0.png", rgb(0)), "have the same id, a0"),
     "table of classes": (classes("id, name\n0, a\n1, b\n2, c"), "the line '0, a'"),
     "numbers": (classes("0: sky\n1: land\n2: sea"), "the line '0: sky'"),
@@ -815,7 +1016,10 @@ BROKEN = {
     "another heading": (classes("class\nsky\nland\nsea"), "the line 'class'"),
     "comment of CVAT": (classes("# label:color\nsky\nland\nsea"), "the line '# label:color'"),
     "labels.txt of labelme": (classes("__ignore__\nsky\nland\nsea"), "the line '__ignore__'"),
-    "one class": (classes("sky\n"), "classes.txt names 1 classes"),
+    "one class": (
+        classes("tumour\n"),
+        "classes.txt names 1 classes, not 2 to 255; the background is one too: name it first",
+    ),
     "256 classes": (classes("a\n" * 256), "classes.txt names 256 classes"),
 }
 
@@ -839,20 +1043,32 @@ def write_masks_and_pixels(d):
     cut(d / "images/a3.png", 600)  # behind its header
 
 
+UNUSED = "2 unlabelled images have a mask, which training does not use"
+
+
+def remove_unused_masks(d):
+    for key in ("a1", "a3"):
+        (d / f"masks/{key}.png").unlink()
+
+
 @pytest.mark.parametrize(
     "change, notes",
     [
-        (write_masks_and_pixels, []),
-        (lambda d: remake(d, "masks/a[02]*", number(0, 1, 1)), ["no labelled mask has a pixel of sea"]),
+        (remove_unused_masks, []),
+        (write_masks_and_pixels, [UNUSED]),
+        (
+            lambda d: remake(d, "masks/a[02]*", number(0, 1, 1)),
+            [UNUSED, "no labelled mask has a pixel of sea"],
+        ),
         (
             lambda d: remake(d, "masks/v*", number(0, 1, 1, void=0)),
-            ["no validation mask has a pixel of sea"],
+            [UNUSED, "no validation mask has a pixel of sea"],
         ),
-        (lambda d: write(d / "masks/A4.png", mask(4)), ["A4.png fits no image"]),
-        (lambda d: write(d / "masks/more/a0.png", mask(4)), ["a0.png fits no image"]),
+        (lambda d: write(d / "masks/A4.png", mask(4)), [UNUSED, "A4.png fits no image"]),
+        (lambda d: write(d / "masks/more/a0.png", mask(4)), [UNUSED, "a0.png fits no image"]),
         (
             lambda d: remake(d, "images/*", lambda a: np.uint16(a[..., 0]) * 16, ".png"),
-            ["brightest value 15 of 255 (of 16 bits the upper 8)"],
+            [UNUSED, "brightest value 15 of 255 (of 16 bits the upper 8)"],
         ),
     ],
 )
@@ -864,10 +1080,80 @@ def test_what_may_be_meant_is_noted(folder, change, notes):
     assert all(words in note for note, words in zip(found, notes))
 
 
+def test_that_no_image_is_unlabelled_is_noted(folder):
+    """Also of drawn scenes, of which no file could tell it."""
+    dataset = load_dataset("folder", folder)
+    shapes = load_dataset("shapes")
+    labeled = [key for key in dataset.train if dataset.has_mask(key)]
+    assert check_files(dataset, labeled, ["a4"], (20, 30)) == []
+    for notes in (
+        check_files(dataset, labeled, [], (20, 30)),
+        check_files(shapes, shapes.train, [], (48, 48)),
+    ):
+        (note,) = notes
+        assert note.startswith("stage 2 will find no unlabelled image, as all are labelled: ")
+        assert "--ratio" in note
+
+
+@pytest.mark.parametrize("part", ["labelled", "validation"])
+@pytest.mark.parametrize("top, is_lost", [(104, True), (109, False)])
+def test_a_class_that_is_lost_at_the_size_of_training_is_noted(folder, part, top, is_lost):
+    """960 pixels become 48: of each 20 number 10 is taken, here rows 10, 30 ... 90, 110."""
+    large = np.zeros((960, 960), np.uint8)
+    large[:, 480:] = 1
+    small = large.copy()
+    large[500:, :] = 2
+    small[top : top + 3, 229:232] = 2
+    for path in (folder / "images").iterdir():
+        write(path, np.full((960, 960, 3), 200, np.uint8))
+    for key in ("a0", "a2", "v0"):
+        is_of_part = (key == "v0") == (part == "validation")
+        write(folder / f"masks/{key}.png", small if is_of_part else large)
+    dataset = load_dataset("folder", folder)
+    notes = check_files(dataset, ["a0", "a2"], ["a4"], (48, 48))
+    lost = f"no {part} mask keeps a pixel of sea at --size 48 48, which is too small for it"
+    assert notes == ([lost] if is_lost else [])
+    assert check_files(dataset, ["a0", "a2"], ["a4"], (960, 960)) == []
+    dataset.crop = True  # a window keeps all sizes
+    assert check_files(dataset, ["a0", "a2"], ["a4"], (48, 48)) == []
+
+
+def test_many_classes_that_no_mask_shows_are_one_short_line(folder):
+    names = [f"kind {i}" for i in range(150)]
+    (folder / "classes.txt").write_text("\n".join(names))
+    notes = check_files(load_dataset("folder", folder), ["a0", "a2"], ["a4"], (20, 30))
+    five = "kind 3, kind 4, kind 5, kind 6, kind 7, ... (147 classes)"
+    parts = ("labelled", "validation")
+    assert notes == [f"no {part} mask has a pixel of {five}" for part in parts]
+
+
 def test_drawn_scenes_need_no_check():
     shapes = load_dataset("shapes")
     with mock.patch.object(data, "draw_scene", side_effect=AssertionError):
         assert check_files(shapes, shapes.train[:5], shapes.train[5:], (48, 48)) == []
+    assert masks_checksum(shapes, shapes.train[:5]) == masks_checksum(shapes, shapes.train[5:])
+
+
+def test_a_checksum_tells_whether_a_mask_was_repainted(folder):
+    """By the masks' bytes alone, not by their times, the images or other masks."""
+    labeled = ["a0", "a2"]
+    before = masks_checksum(load_dataset("folder", folder), labeled)
+    os.utime(folder / "masks/a2.png", (0, 0))
+    write(folder / "masks/a1.png", mask(9))
+    write(folder / "images/a2.jpg", rgb(9))
+    (folder / "train.txt").write_text("a2\na0\na4\n")
+    assert masks_checksum(load_dataset("folder", folder), labeled) == before
+    sums = {before}
+    for key in labeled:
+        path = folder / f"masks/{key}.png"
+        content = path.read_bytes()
+        repainted = np.asarray(Image.open(path)).copy()
+        repainted[0, 0] = 1 if repainted[0, 0] == 0 else 0  # one pixel
+        write(path, repainted)
+        sums.add(masks_checksum(load_dataset("folder", folder), labeled))
+        path.write_bytes(content)
+    assert len(sums) == 3
+    assert masks_checksum(load_dataset("folder", folder), labeled) == before
 
 
 # ---- python data.py voc ----
@@ -928,7 +1214,7 @@ def test_prepare_voc_downloads_what_lacks_and_merges_sbd(tmp_path, download, unp
         assert np.array_equal(dataset.read_label(key), mask(i, C=21))
     for i in (1, 2, 3):
         assert (dataset.read_label(f"s{i}") == 10 + i).all()
-    assert check_files(dataset, dataset.train, [], (20, 30)) == []
+    assert check_files(dataset, dataset.train[1:], dataset.train[:1], (20, 30)) == []
     data.prepare_voc(tmp_path, (5, 2))  # once more
 
 

@@ -8,6 +8,7 @@ Networks are stand-ins that give known logits, but where saved networks are read
 import argparse
 import contextlib
 import copy
+import csv
 import dataclasses
 import io
 import itertools
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
 
 import data
@@ -39,7 +40,7 @@ N = len(SHAPES.classes)
 SCORED = [key for key in SHAPES.val[:20] if N - 1 not in SHAPES.read_pair(key)[1]][:2]  # no last class
 ARGS = argparse.Namespace(
     dataset="shapes", data="", size=[32, 32], corrector="eln", eln_backbone="resnet18", eln_weights="none",
-    width=8, alphas=[], pretrain_iters=4, eln_iters=3, iters=9, split=0, seed=0,
+    width=8, alphas=[], pretrain_iters=4, eln_iters=3, iters=9, split=0, seed=0, lr=0.25,
 )
 
 
@@ -337,7 +338,7 @@ def test_diagnosis_is_of_the_whole_batch(corrector):
             judged = literal_judgement(P, float(valid[k, i, y, x]), other, threshold=0)
             rejected[k].append(judged[corrector][1])
         ce[k] += sum(terms) / len(terms) / B
-    want = {"ce_1/ce_0": ce[1] / ce[0], "ce_2/ce_0": ce[2] / ce[0]}
+    want = {f"ce_{k}_over_ce_0": ce[k] / ce[0] for k in (1, 2)}
     want.update({f"wrong_{k}": sum(wrong[k]) / len(wrong[k]) for k in range(K + 1)})
     want["eln_precision"], want["eln_recall"], _ = literal_rates(sum(wrong, []), sum(rejected, []))
 
@@ -386,7 +387,9 @@ def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (3, 2, 10, W, 3), np.uint8)
     rows = [dict(zip(("image", "truth"), pair)) for pair in pixels]
-    whole = np.asarray(evaluate.sheet(rows))
+    whole = np.asarray(evaluate.sheet(rows, legend={"void": (255, 255, 255)}))
+    legend = round(1.5 * 0.75 * W * zoom // 8)  # a line of it below
+    whole = whole[:-legend]
     top, w, h = W * zoom // 8, W * zoom + 4, 10 * zoom + 4  # a panel and a line of 4 white pixels beside it
     assert whole.shape == (top + 3 * h + 4, 2 * w + 4, 3)
     blank = whole[top:].copy()
@@ -398,6 +401,32 @@ def test_a_sheet_has_a_row_for_each_image_below_the_captions(W, zoom):
     assert (blank == 255).all()
     captions = whole[:top, 4:w], whole[:top, 4 + w : 2 * w]
     assert (captions[0] != captions[1]).any() and all((caption < 128).any() for caption in captions)
+
+
+@pytest.mark.parametrize("width, columns", [(60, 1), (200, 3), (330, 5)])
+def test_the_legend_adds_rows_of_names_and_colours_under_the_picture(width, columns):
+    """A column takes 0.6 of the font's size for each letter, and two lines' heights."""
+    pixels = np.random.default_rng(0).integers(0, 256, (30, width, 3), np.uint8)
+    names = ["sky", "tree", "river", "house", "\x1b", "rock", "road"]
+    legend = {name: (30 * i, 250 - 20 * i, 7) for i, name in enumerate(names)}
+    with mock.patch.object(ImageDraw.ImageDraw, "text", autospec=True) as text:
+        whole = np.asarray(evaluate.add_legend(Image.fromarray(pixels), legend, font_size=10))
+    lines = math.ceil(7 / columns)
+    assert whole.shape == (30 + 15 * lines, width, 3)
+    assert np.array_equal(whole[:30], pixels)
+    for i, (name, colour) in enumerate(legend.items()):
+        x, y = 4 + i % columns * (6 * 5 + 2 * 15), 30 + i // columns * 15
+        assert (whole[y + 1 : y + 10, x + 1 : x + 10] == colour).all(), name
+    written = [call.args[2] for call in text.call_args_list]
+    assert written == [*names[:4], "\\x1b", *names[5:]]
+
+
+@pytest.mark.parametrize("number, want", [
+    (0, ""), (1, "a"), (2, "af"), (3, "adg"), (4, "acfh"), (10, "abcdefghij"),
+    (99, "abcdefghij"),
+])
+def test_images_are_spread_over_the_list(number, want):
+    assert evaluate.spread(list("abcdefghij"), number) == list(want)
 
 
 # ---- Prediction ----
@@ -412,7 +441,11 @@ def test_predict_writes_masks_of_the_images_own_size_and_survives_a_broken_one(t
     record = {"size": [12, 10], "crop": crop, "palette": PALETTE}
     assert evaluate.predict(Stub().eval(), record, [tmp_path], out, "cpu") == 2
     printed, error = capsys.readouterr()
-    assert printed == f"{out}/my.photo_overlay.png\n" and error.count("\n") == 1 and "broken.jpg" in error
+    assert printed == f"{out}/my.photo_overlay.png\n"
+    passed_over, broken = error.splitlines()  # nothing on the hidden file
+    line = f"1 files of {tmp_path} are in formats that are not read, such as notes.txt"
+    assert passed_over == line
+    assert broken.startswith(f"evaluate.py: {tmp_path}/broken.jpg ")
     want = (logits_of(90, H, W) if crop else bilinear(logits_of(90, 12, 10), H, W)).argmax(0).numpy()
     painted = np.array(PALETTE)[want]
     for part, pixels in (("class", want), ("colour", painted), ("overlay", (90 + painted) / 2)):
@@ -445,35 +478,148 @@ def test_an_image_that_does_not_fit_into_memory_ends_its_own_line_alone(tmp_path
         evaluate.predict(Stub().eval(), record, [tmp_path / "a.png"], out, "cpu")
 
 
+LOG = """step,L_sup,mIoU,mIoU_teacher
+0,,{stage1},{stage1}
+1,0.5,99,99
+2,0.5,{student},{teacher}
+3,0.4,,
+"""
+
+
+@pytest.mark.parametrize("stage1, student, teacher, used, line", [
+    (50, 40, 45, "student",
+     "student has mIoU 40.0 in the log, stage 1 has 50.0: --stage 1 takes it"),
+    (40, 45, 50, "student",
+     "student has mIoU 45.0 in the log, teacher has 50.0: --stage 2 --teacher takes it"),
+    (40, 50, 45, "student", ""),
+    (50, 50, 50, "student", ""),
+    (40, 50, 45, "stage 1",
+     "stage 1 has mIoU 40.0 in the log, student has 50.0: --stage 2 takes it"),
+    (50, 40, 45, "teacher",
+     "teacher has mIoU 45.0 in the log, stage 1 has 50.0: --stage 1 takes it"),
+    (40, 45, 50, "teacher", ""),
+])
+def test_a_better_network_is_named(tmp_path, capsys, stage1, student, teacher, used, line):
+    file = "stage1.pt" if used == "stage 1" else "stage2.pt"
+    run = evaluate.LoadedRun(tmp_path / file, None, None, None)
+    args = argparse.Namespace(teacher=used == "teacher")
+    evaluate.print_better_network(run, args)
+    assert capsys.readouterr() == ("", "")  # there is no log
+    (tmp_path / "student_stage1.pt").touch()
+    values = dict(stage1=stage1, student=student, teacher=teacher)
+    (tmp_path / "log_stage2.csv").write_text(LOG.format(**values))
+    evaluate.print_better_network(run, args)
+    assert capsys.readouterr() == ("", line + "\n" * bool(line))
+    (tmp_path / "student_stage1.pt").unlink()  # as in the folder of --filter threshold
+    evaluate.print_better_network(run, args)
+    assert "--stage 1 takes" not in capsys.readouterr().err
+
+
 # ---- Comparison of runs ----
 
 
-def checkpoint(path, stage=2, step=9, rows=(), networks=None, labeled=4, **args):
-    """Write a checkpoint as the train scripts do, with `labeled` labelled images. Returns its path."""
-    content = {"stage": stage, "args": {**vars(ARGS), **args}, "step": step, "rows": list(rows)}
-    content.update(networks=networks or {}, optimizer={}, scaler={}, classes=SHAPES.classes)
-    torch.save({**content, "labeled": ["l"] * labeled, "unlabeled": SHAPES.train[:2]}, path)
+def content(
+    stage=2, step=9, rows=(), networks=None, labeled="0123", train=SHAPES.train, **args
+):
+    """What the train scripts save of a run on six images, those of these numbers labelled."""
+    labeled = [train[int(i)] for i in labeled]
+    return {
+        "stage": stage,
+        "args": {**vars(ARGS), **args},
+        "step": step,
+        "rows": list(rows),
+        "networks": networks or {},
+        "optimizer": {},
+        "scaler": {},
+        "classes": SHAPES.classes,
+        "labeled": labeled,
+        "unlabeled": [key for key in train[:6] if key not in labeled],
+        "masks": 0,
+    }
+
+
+def checkpoint(path, *given, **options):
+    """Write a checkpoint as the train scripts do. Returns its path."""
+    torch.save(content(*given, **options), path)
     return path
 
 
-def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed(tmp_path):
-    rows = [{"step": 1}, *({"mIoU": x, "mIoU_teacher": 40.0} for x in (10.0, 31.0, 30.0)), {"step": 4}]
-    other, eln = [{"mIoU": 36.0, "mIoU_teacher": 42.0}], {"filter": "eln", "lr": 0.1}
-    table = evaluate.compare([
-        checkpoint(tmp_path / "a.pt", rows=rows, **eln, out="a", labeled_list="x/0.txt"),
-        checkpoint(tmp_path / "b.pt", rows=other, **eln, out="b", labeled_list="1.txt", split=1, seed=5),
-        checkpoint(tmp_path / "c.pt", rows=rows, labeled=8, filter="none", lr=0.1),
-        checkpoint(tmp_path / "e.pt", rows=[{"mIoU": 10.0}, {"mIoU": 5.0}], stage=1, step=5, lr=0.1),
-        checkpoint(tmp_path / "f.pt", stage=1, step=7, lr=0.2),
-    ]).splitlines()
-    assert table[2:] == [  # the sample's deviation of two is their distance over the root of 2
-        "| stage2, filter eln, labeled 4 | 2 "
-        "| 33.00 ± 4.24 | 33.50 ± 3.54 | 41.00 ± 1.41 | 41.00 ± 1.41 | 9 |",
-        "| stage2, filter none, labeled 8 | 1 | 30.00 | 31.00 | 40.00 | 40.00 | 9 |",
-        "| stage1, lr 0.1 | 1 | 5.00 | 10.00 |  |  | 5 of 7 |",  # still in training
-        "| stage1, lr 0.2 | 1 |  |  |  |  | 7 |",
+def table_of(*checkpoints):
+    return evaluate.compare(map(evaluate.run_results, checkpoints)).splitlines()
+
+
+def scored(mIoU, teacher, **more):
+    """A row of stage 2's log."""
+    return {"step": 1, "mIoU": mIoU, "mIoU_teacher": teacher, **more}
+
+
+def test_compare_makes_a_row_of_runs_that_differ_in_split_and_seed():
+    begin = {"step": 0, "mIoU": 20.0, "mIoU_teacher": 20.0}
+    rows = [begin, {"step": 1}, *(scored(x, 40.0) for x in (10.0, 31.0, 30.0)), {"step": 4}]
+    other, eln = [scored(36.0, 42.0)], {"filter": "eln", "lr": 0.1}
+    worse = [{"step": 1, "mIoU": 10.0}, {"step": 2, "mIoU": 5.0}]
+    head, _, *lines = table_of(
+        content(rows=rows, **eln, out="a", labeled_list="x/0.txt"),
+        content(rows=other, **eln, out="b", labeled="2345", split=1, seed=5),
+        content(rows=rows, labeled="01", filter="none", lr=0.1),
+        content(rows=worse, stage=1, step=5, lr=0.1),
+        content(stage=1, step=7, lr=0.2),
+    )
+    columns = "run splits stage_1 mIoU best teacher teacher_best accepted steps"
+    assert head == f"| {' | '.join(columns.split())} |"
+    assert lines == [  # the sample's deviation of two is their distance over the root of 2
+        "| stage 2, filter eln, labeled 4, unlabeled 2 | 2 "
+        "| 20.00 | 33.00 ± 4.24 | 33.50 ± 3.54 | 41.00 ± 1.41 | 41.00 ± 1.41 |  | 9 |",
+        "| stage 2, filter none, labeled 2, unlabeled 4 | 1 "
+        "| 20.00 | 30.00 | 31.00 | 40.00 | 40.00 |  | 9 |",
+        "| stage 1, lr 0.1 | 1 |  | 5.00 | 10.00 |  |  |  | 5 of 7 |",  # still in training
+        "| stage 1, lr 0.2 | 1 |  |  |  |  |  |  | 7 |",
     ]
-    assert {line.count("|") for line in table} == {8}
+
+
+def test_runs_of_one_split_are_averaged_first_and_count_as_one():
+    def run(stage_1, mIoU, accepted, **options):
+        begin = {"step": 0, "mIoU": stage_1, "mIoU_teacher": stage_1}
+        rows = [begin, {"step": 1, "accepted": accepted}, scored(mIoU, 40.0, accepted=0.5)]
+        return content(rows=rows, **options)
+
+    one, again = run(20.0, 30.0, 0.7), run(22.0, 34.0, 0.3, seed=5)
+    two = run(25.0, 36.0, 0.3, labeled="2345", split=1)
+    (line,) = table_of(one, again, two)[2:]
+    # stage 1: 21 and 25; mIoU: 32 and 36; accepted: (0.6 + 0.4) / 2 and 0.4
+    assert line == (
+        "| stage 2 | 2 (3 runs) | 23.00 ± 2.83 | 34.00 ± 2.83 | 34.00 ± 2.83 "
+        "| 40.00 ± 0.00 | 40.00 ± 0.00 | 0.45 ± 0.07 | 9 |"
+    )
+    (line,) = table_of(one, again)[2:]
+    assert line == "| stage 2 | 1 (2 runs) | 21.00 | 32.00 | 32.00 | 40.00 | 40.00 | 0.50 | 9 |"
+
+
+def test_two_data_sets_make_two_rows():
+    """Also where all options and numbers agree."""
+    renamed = dict(content(), classes=[*SHAPES.classes[:-1], "another"])
+    others = (content(train=SHAPES.train[100:]), renamed)
+    for other in others:
+        lines = table_of(content(), other)[2:]
+        names = [line.split("|")[1].strip() for line in lines]
+        assert len(set(names)) == 2 and all(name.startswith("stage 2, data ") for name in names)
+    (line,) = table_of(content(), content(labeled="2345"))[2:]
+    assert line.startswith("| stage 2 | 2 |")  # another split of one data set
+
+
+def test_runs_without_a_checkpoint_are_left_out(said, tmp_path):
+    code, out, err = said(f"nothing run early --compare --csv {tmp_path}/all.csv", notes=1)
+    assert code == 0 and err == "nothing/stage1.pt does not exist: nothing is left out\n"
+    names = [line.split("|")[1].strip() for line in out.splitlines()[2:]]
+    assert names == ["stage 2", "stage 1"]
+    with open(tmp_path / "all.csv", newline="") as file:
+        run, early = csv.DictReader(file)
+    assert (run["run"], run["stage"], run["steps"], run["lr"]) == ("run", "2", "6 of 9", "0.25")
+    assert (early["run"], early["stage"], early["steps"]) == ("early", "1", "4 of 7")
+    assert (run["labeled"], run["unlabeled"], run["classes"]) == ("4", "2", f"{N}")
+    code, out, err = said("nothing nowhere --compare", notes=3)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1] == "evaluate.py: there is no checkpoint to compare"
 
 
 # ---- Reading checkpoints ----
@@ -565,15 +711,16 @@ def test_a_pipe_is_no_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def networks():
-    """Networks as stage 2 trains them, with BatchNorm statistics that are not those of fresh ones."""
+    """Stage 2's, and stage 1's (before), with BatchNorm statistics unlike fresh ones."""
     torch.manual_seed(0)
     nets = nn.ModuleDict()
-    for name in ("student", "teacher"):
+    for name in ("student", "teacher", "before"):
         nets[name] = DeepLabV3Plus(N, "resnet18", "none", 8)
         nets[name].decoder.seg[-1].bias.data[N - 1] = -100  # the last class is never predicted
     nets["auxiliary"] = AuxiliaryNetworks(N, nets["student"].encoder, ARGS)
     image = torch.randn(2, 3, 32, 32) + 1
     nets.requires_grad_(False)["teacher"](image)
+    nets["before"](image)
     logits, _, encoded = nets["student"](image)
     nets["auxiliary"](image, logits, *encoded)
     return nets.eval().to(memory_format=torch.channels_last)
@@ -634,50 +781,68 @@ def test_eln_is_read_from_a_checkpoint_that_has_trained_it(networks, stage, step
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, networks):
-    """Runs: `run` in stage 2 (stage 1's student is its teacher), `early` before ELN is trained."""
+    """Runs: `run` in stage 2, `early` before ELN is trained."""
     root = tmp_path_factory.mktemp("place")
     for run, stage, step in (("run", 2, 6), ("run", 1, 7), ("early", 1, 4)):
         path = root / run / f"stage{stage}.pt"
         path.parent.mkdir(exist_ok=True)
         checkpoint(path, stage, step, networks=networks.state_dict() if stage == 2 else None)
-        network = networks["student" if stage == 2 else "teacher"]
+        network = networks["student" if stage == 2 else "before"]
         student(path.with_name(f"student_{path.name}"), network, step=step)
     return root
 
 
 @pytest.fixture
 def said(place, capsys, monkeypatch):
-    """said(command line) -> exit code, stdout, stderr of evaluate.py; one line of stderr for code 1 or 2."""
+    """said(command line) -> exit code, stdout, stderr of evaluate.py.
+
+    Code 1 or 2 has one line of stderr, 0 none; `notes` is how many lines are expected instead.
+    """
     monkeypatch.chdir(place)
     monkeypatch.setattr(data, "load_dataset", lambda *names: dataclasses.replace(SHAPES, val=SCORED))
 
-    def run(line):
+    def run(line, notes=None):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line.split(), "--device", "cpu"])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(evaluate.__file__, run_name="__main__")
         out, err = capsys.readouterr()
-        assert err.count("\n") == (stop.value.code in (1, 2)), err
+        expected = stop.value.code in (1, 2) if notes is None else notes
+        assert err.count("\n") == expected, err
         return stop.value.code or 0, out, err
 
     return run
 
 
-@pytest.mark.parametrize("options, step, who, names", [
-    ("run", 6, "student", ["student", "teacher"]), ("run --teacher", 6, "teacher", ["teacher", "teacher"]),
-    ("early", 4, "student", ["teacher"]),
+@pytest.mark.parametrize("options, step, who, captions", [
+    ("run", 6, "student", ["stage 1", "student", "teacher"]),
+    ("run --teacher", 6, "teacher", ["stage 1", "student", "teacher"]),
+    ("early", 4, "student", ["stage 1"]),
 ])
-def test_scores_stand_beside_those_of_stage_1(said, networks, monkeypatch, options, step, who, names):
-    monkeypatch.setattr(SHAPES, "val", SCORED)
-    matrices = [evaluate.score(networks[name], SHAPES, (32, 32)) for name in names]
-    columns = [matrix["resized"] for matrix in matrices[::-1]] + [matrices[0]["original"]]
+@pytest.mark.parametrize("listed", [False, True])
+def test_scores_of_all_networks_stand_side_by_side(
+    said, networks, monkeypatch, tmp_path, options, step, who, captions, listed
+):
+    keys, images = SCORED, "2 validation images"
+    if listed:
+        keys, images = SHAPES.train[7:10], f"3 {tmp_path}/ids.txt images"
+        (tmp_path / "ids.txt").write_text("\n".join(keys))
+        options += f" --list {tmp_path}/ids.txt"
+    monkeypatch.setattr(SHAPES, "val", keys)
+    names = {"stage 1": "before", "student": "student", "teacher": "teacher"}
+    matrices = {key: evaluate.score(networks[names[key]], SHAPES, (32, 32)) for key in captions}
+    columns = [matrix["resized"] for matrix in matrices.values()]
+    columns.append(matrices[who if step == 6 else "stage 1"]["original"])
     rows = list(zip(*([*evaluate.iou(m).tolist(), evaluate.mean_iou(m)] for m in columns)))
-    title, _, *lines, last = said(options)[1].splitlines()
-    assert f"step {step}, {who}: IoU in percent, 2 validation images" in title
-    for name, row, line in zip([*SHAPES.classes, "mean"], rows, lines, strict=True):
+    title, head, *lines = said(options)[1].splitlines()
+    assert f"step {step}, {who}: IoU in percent, {images}" in title
+    assert head.replace(" ", "") == "class" + "".join([*captions, "ownsize"]).replace(" ", "")
+    for name, row, line in zip([*SHAPES.classes, "mean"], rows, lines):
         assert line.split()[0] == name
         assert list(map(float, line.split()[1:])) == pytest.approx(row, abs=0.006, nan_ok=True)
     occur = [sum(x == x for x in column[:-1]) for column in zip(*rows)]
-    assert max(occur) < N and last.startswith(f"means over {occur} of {N} classes")
+    if min(occur) < N:
+        assert lines[-1].startswith(f"means over {occur} of {N} classes")
+    assert len(lines) == N + 1 + (min(occur) < N) and (listed or min(occur) < N)
 
 
 @pytest.mark.parametrize("teacher, title", [
@@ -702,7 +867,8 @@ def test_the_name_of_a_class_does_not_steer_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "score", lambda *args: matrices)
     dataset = dataclasses.replace(SHAPES, classes=["sky", "\x1b[2J"])
     run = evaluate.LoadedRun(Path("run/stage1.pt"), {"stage": 1}, None, {"step": 8, "size": [32, 32]})
-    evaluate.print_scores(run, dataset, argparse.Namespace(teacher=False, workers=0), "cpu")
+    args = argparse.Namespace(teacher=False, workers=0, list=None)
+    evaluate.print_scores(run, dataset, args, "cpu")
     assert r"\x1b[2J" in (out := capsys.readouterr().out) and "\x1b" not in out
 
 
@@ -711,7 +877,7 @@ def test_figures_and_errors_are_of_unlabelled_images_with_masks(said):
     assert "2 unlabelled images" in out and "ELN         error       AP" in out
     *_, line, last = said("run --figures 1")[1].splitlines()
     assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 unlabelled images" in line
-    assert last == "figures: run/figures/stage2.png"
+    assert last == "figures: run/figures/student.png"
 
 
 def test_without_masks_of_unlabelled_images_those_of_validation_are_drawn(said, monkeypatch):
@@ -719,7 +885,52 @@ def test_without_masks_of_unlabelled_images_those_of_validation_are_drawn(said, 
     monkeypatch.setattr(data, "load_dataset", lambda *names: bare)
     assert "2 validation images" in said("early --error-localization")[1]
     said("early --figures 9")
-    assert Image.open("early/figures/stage1.png").height == 24 + 4 + len(SCORED) * 196
+    legend = 27 * math.ceil((N + 1) / 3)  # lines of classes and void, three in each
+    assert Image.open("early/figures/stage1.png").height == 24 + 4 + len(SCORED) * 196 + legend
+
+
+def test_captions_lack_what_all_runs_paths_begin_with(said, monkeypatch):
+    for name in ("long-name-one", "long-name-two"):
+        Path(name).mkdir()
+        for file in ("stage1.pt", "student_stage1.pt"):
+            os.link(f"early/{file}", f"{name}/{file}")
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text := mock.Mock())
+    said("long-name-one long-name-two --figures 1")
+    written = [call.args[1] for call in text.call_args_list]
+    assert written == ["image", "truth", "one", "two", *SHAPES.classes, "void"]
+
+
+@pytest.mark.parametrize("options, name", [
+    ("run", "student"), ("run --teacher", "teacher"), ("run --stage 1", "stage1"),
+])
+def test_figures_and_predictions_are_named_after_their_network(said, tmp_path, options, name):
+    Image.new("RGB", (40, 36), (200, 150, 90)).save(tmp_path / "photo.png")
+    assert said(f"{options} --figures 1")[1].endswith(f"figures: run/figures/{name}.png\n")
+    predicted = f"run/predictions/{name}/photo_overlay.png"
+    assert said(f"{options} --predict {tmp_path}/photo.png")[1] == f"{predicted}\n"
+    assert Path(f"run/figures/{name}.png").exists() and Path(predicted).exists()
+
+
+def test_out_takes_figures_and_predictions(said, tmp_path):
+    Image.new("RGB", (40, 36), (200, 150, 90)).save(tmp_path / "photo.png")
+    out = tmp_path / "a" / "b"
+    assert said(f"early --figures 1 --out {out}")[1].endswith(f"figures: {out}/stage1.png\n")
+    said(f"early --predict {tmp_path}/photo.png --out {out}")
+    photos = {f"photo_{kind}.png" for kind in ("class", "colour", "overlay")}
+    assert {path.name for path in out.iterdir()} == {"stage1.png", *photos}
+
+
+def test_ids_of_a_list_are_drawn_in_the_place_of_all_others(said, tmp_path):
+    keys = SHAPES.train[7:9]
+    (tmp_path / "ids.txt").write_text("\n".join(keys))
+    said(f"run --list {tmp_path}/ids.txt --figures 9 --out {tmp_path}")
+    whole = np.asarray(Image.open(tmp_path / "student.png"))
+    for row, key in enumerate(keys):
+        image = resize(SHAPES.read_pair(key)[0], (32, 32)).permute(1, 2, 0).numpy()
+        place = 24 + 4 + row * 196
+        assert np.array_equal(whole[place : place + 192 : 6, 4:196:6], image)
+    out = said(f"run --list {tmp_path}/ids.txt --error-localization")[1]
+    assert f"2 {tmp_path}/ids.txt images" in out
 
 
 def test_several_runs_are_drawn_side_by_side(said):
@@ -750,7 +961,8 @@ def test_the_teacher_predicts_and_strange_names_are_printed(said, networks, monk
     Image.fromarray(image).save("größe.png")
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True))
     assert said("run --teacher --predict größe.png")[0] == 0
-    assert sys.stdout.buffer.getvalue() == b"run/predictions/gr??e_overlay.png\n"
+    assert sys.stdout.buffer.getvalue() == b"run/predictions/teacher/gr??e_overlay.png\n"
     X = normalize(resize(torch.from_numpy(image).permute(2, 0, 1), (32, 32)))[None]
     want = bilinear(networks["teacher"](X)[0][0], 40, 36).argmax(0).numpy()
-    assert (np.asarray(Image.open("run/predictions/größe_class.png")) != want).mean() < 0.01  # but for ties
+    predicted = np.asarray(Image.open("run/predictions/teacher/größe_class.png"))
+    assert (predicted != want).mean() < 0.01  # but for ties

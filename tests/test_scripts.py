@@ -1,6 +1,6 @@
 """Tests of train_stage1.py, train_stage2.py and evaluate.py, run as a user runs them, for a few steps.
 
-    python -m pytest tests/test_scripts.py        (from the root; a minute and a half on two cores)
+    python -m pytest tests/test_scripts.py        (from the root; three minutes on two cores)
 
 A new process imports PyTorch for seconds: so whole runs are made once and shared, and most commands are run
 as __main__ inside this process, by `here`. `folder` data lies in ./datasets, the default of --data.
@@ -146,6 +146,7 @@ def test_a_run_leaves_the_documented_files(shapes_run):
         assert (checkpoint["step"], checkpoint["stage"]) == (steps, stage)
         written = [{name: float(value) for name, value in row.items() if value} for row in log]
         assert written == checkpoint["rows"]
+        assert "saved" not in checkpoint and checkpoint["args"]["amp"] == "auto"
         assert load(shapes_run / f"student_stage{stage}.pt")["step"] == steps
     for name in CHECKPOINTS:
         for key, value in leaves(load(shapes_run / name)):
@@ -154,20 +155,42 @@ def test_a_run_leaves_the_documented_files(shapes_run):
 def test_logs_have_their_columns_and_finite_numbers(shapes_run):
     one, two = (rows(shapes_run / f"log_stage{stage}.csv") for stage in (1, 2))
     labeled = {"step", "L_sup", "L_aux", "L_eln"}
-    judged = {*"ce_1/ce_0 ce_2/ce_0 wrong_0 wrong_1 wrong_2 eln_precision eln_recall".split()}
+    judged = {"ce_1_over_ce_0", "ce_2_over_ce_0", "wrong_0", "wrong_1", "wrong_2"}
+    judged |= {"eln_precision", "eln_recall"}
+    unlabeled = {"L_pseudo", "L_contra", "accepted"}
+    scores = {"mIoU", "mIoU_teacher"}
+    classes = load(shapes_run / "stage2.pt")["classes"]
+    of_class = {f"accepted_{c}_{name}" for c, name in enumerate(classes)}
     assert set(one[0]) == {*labeled, *judged, "mIoU"}
-    assert set(two[0]) == {*labeled, "L_pseudo", "L_contra", "accepted", *judged, "mIoU", "mIoU_teacher"}
-    assert [row["step"] for row in one + two] == [*"1234567", *"123"]
+    found = two[0].keys() & of_class
+    assert found and set(two[0]) == {*labeled, *unlabeled, *judged, *scores, *found}
+    assert [row["step"] for row in one + two] == [*"1234567", *"0123"]
     for row in one + two:
-        blank = {name for name, value in row.items() if value == ""}
+        blank = {name for name, value in row.items() if value == ""} - of_class
         assert all(math.isfinite(float(value)) for value in row.values() if value)
-        early = {"L_aux", "L_eln", *judged} if row in one[:4] else set()  # pre-training
-        scored = row in (one[-1], two[-1])
-        assert blank == early | (set() if scored else row.keys() & {"mIoU", "mIoU_teacher"})
+        early = set()
+        if row in one[:4]:  # pre-training
+            early = {"L_aux", "L_eln", *judged}
+        if row is two[0]:
+            early = labeled - {"step"} | unlabeled | judged
+        scored = row in (one[-1], two[0], two[-1])
+        assert blank == early | (set() if scored else row.keys() & scores)
+    assert two[0]["mIoU"] == two[0]["mIoU_teacher"] == one[-1]["mIoU"]
+
+def test_numpy_reads_the_logs_columns_by_their_names(shapes_run):
+    for stage in (1, 2):
+        path = shapes_run / f"log_stage{stage}.csv"
+        table = np.genfromtxt(path, delimiter=",", names=True)
+        written = rows(path)
+        assert list(table.dtype.names) == list(written[0])
+        for name in table.dtype.names:
+            values = [float(row[name] or "nan") for row in written]
+            assert np.array_equal(table[name], values, equal_nan=True)
 
 def test_every_so_many_steps_are_validated(folder_run):
     log = rows(folder_run / "run/log_stage2.csv")
-    assert [bool(row["mIoU"] and row["mIoU_teacher"]) for row in log] == [False, True, True]
+    scored = [bool(row["mIoU"] and row["mIoU_teacher"]) for row in log]
+    assert scored == [True, False, True, True]  # steps 0 to 3
 
 def test_auxiliary_networks_stay_as_they_are_in_pre_training(work):
     """One optimizer has all parameters from the start; AdamW leaves alone what has no gradient."""
@@ -237,15 +260,19 @@ def test_interrupted_runs_end_bitwise_as_uninterrupted_ones(folder_run, work):
 def test_finished_run_says_so_and_changes_nothing(folder_run):
     before = disk(folder_run)
     for command in ([*STAGE1, *LISTED], STAGE2):
-        first, *_ = finishes(folder_run, *command, "--workers", 0, "--save-every", 9).splitlines()
-        assert "is finished" in first and first.endswith("4 unlabelled images; cpu, float32")
+        out = finishes(folder_run, *command, "--workers", 0, "--save-every", 9)
+        (line,) = [line for line in out.splitlines() if "is finished" in line]
+        assert line.endswith("4 labelled, 4 unlabelled images; cpu, float32")
     assert disk(folder_run) == before
 
 @pytest.mark.parametrize("command, option, old, new", [
-    ([*STAGE1, *LISTED], "--lr", 1e-4, 0.5),
+    ([*STAGE1, *LISTED], "--lr", train_stage1.FOLDER["lr"], 0.5),
     ([*STAGE1, *LISTED], "--batch-size", 2, 3),
+    ([*STAGE1, *LISTED], "--eln-iters", 3, 2),
+    ([*STAGE1, *LISTED], "--pretrain-iters", 4, 5),
+    (STAGE2, "--iters", 3, 2),
     (STAGE2, "--seed", 0, 3),
-    (STAGE2, "--beta", 0.995, 0.9),
+    (STAGE2, "--beta", train_stage2.DEFAULTS["folder"]["beta"], 0.9),
 ])
 def test_other_arguments_do_not_resume(folder_run, command, option, old, new):
     refused(folder_run, *command, option, new, says=f"{option} {old} {new}")
@@ -279,6 +306,84 @@ def test_data_and_lists_may_move(folder_run, work):
     (work / "moved/masks/t6.png").write_bytes((work / "moved/masks/t0.png").read_bytes())
     finishes(work, *STAGE2, "--data", "moved", "--iters", 1)
 
+@pytest.mark.parametrize("stage, command, option, before", [
+    (1, [*STAGE1, *LISTED], "--eln-iters", 7),
+    (2, STAGE2, "--iters", 3),
+])
+def test_a_longer_run_equals_a_straight_one(folder_run, work, stage, command, option, before):
+    for folder in ("run", "straight"):
+        names = ["stage1.pt"]
+        if folder == "run" and stage == 2:
+            names += ["stage2.pt"]
+        link(folder_run / "run", work / folder, *names)
+    if stage == 1:
+        (work / "straight/stage1.pt").unlink()
+    finishes(work, *command, option, 4)
+    finishes(work, *command, option, 4, "--out", "straight")
+    longer, straight = (load(work / f"{name}/stage{stage}.pt") for name in ("run", "straight"))
+    assert longer["step"] == straight["step"] == before + 1
+    one, two = (dict(leaves(c)) for c in (longer, straight))
+    tensors = [key for key, value in two.items() if isinstance(value, torch.Tensor)]
+    assert len(tensors) > 300
+    for key in tensors:
+        assert torch.equal(one[key], two[key]), key
+    log, other = (rows(work / f"{name}/log_stage{stage}.csv") for name in ("run", "straight"))
+    for row, of_straight in zip(log, other, strict=True):
+        if row["step"] == str(before):  # the end of the shorter run is scored, too
+            assert row["mIoU"]
+            for key in row.keys() & {"mIoU", "mIoU_teacher"}:
+                row[key] = of_straight[key]
+        assert row == of_straight
+
+def test_repainted_labelled_masks_are_refused_by_both_stages(folder_run, work):
+    link(folder_run / "run", work / "run")
+    for key in ("t6", "v0"):  # of an unlabelled image, and of validation
+        paint(f"masks/{key}.png", *Image.open(work / f"datasets/images/{key}.jpg").size[::-1])
+    assert "is finished" in finishes(work, *STAGE1, *LISTED)
+    path = work / "datasets/masks/t1.png"
+    label = np.asarray(Image.open(path)).copy()
+    label[12, 7] = 2
+    Image.fromarray(label).save(path)
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt other masks")
+    refused(work, *STAGE2, says="masks of labelled images run/stage1.pt")
+    refused(work, *NEW2, says="masks of labelled images run/stage1.pt")
+
+def test_images_that_are_added_after_stage_1_are_used_by_stage_2(folder_run, work):
+    data = work / "datasets"
+    link(folder_run / "run", work / "run", "stage1.pt")
+    shutil.copy(data / "images/t6.jpg", data / "images/t8.jpg")
+    with open(data / "train.txt", "a") as file:
+        file.write("t8\n")
+    assert "is finished" in finishes(work, *STAGE1, *LISTED)
+    finishes(work, *NEW2, "--iters", 1)
+    assert load(work / "new/stage2.pt")["unlabeled"] == ["t4", "t5", "t6", "t7", "t8"]
+    (data / "few.txt").write_text("t8\nt5\n")
+    few = ["--unlabeled-list", "datasets/few.txt", "--iters", 1]
+    refused(work, *NEW2, *few, says="new/stage2.pt other unlabeled")
+    overlap = ["--unlabeled-list", "datasets/labeled.txt"]
+    refused(work, *STAGE2, *overlap, says="labelled unlabelled overlap t0")
+    shutil.copy(data / "labeled.txt", data / "train.txt")
+    refused(work, *STAGE2, says="there is no unlabelled image: --ratio train.txt")
+
+def test_a_run_is_saved_after_ten_minutes_without(tmp_path, monkeypatch):
+    """Steps of 250 seconds, --save-every 7."""
+    clock = Namespace(monotonic=lambda: seconds)
+    monkeypatch.setattr(train_stage1, "time", clock)
+    nets = torch.nn.ModuleDict({"main": torch.nn.Linear(2, 2)})
+    optimizer = torch.optim.AdamW(nets.parameters())
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    args = dict(out=str(tmp_path), save_every=7, backbone="x", width=8, size=[32, 32])
+    run = dict(stage=1, args=args, classes=["a", "b"], saved=0)
+    dataset = Namespace(palette=np.zeros((2, 3), np.uint8), crop=False)
+    saved = []
+    for step in range(1, 11):
+        seconds = 250 * step
+        state = ([], nets, optimizer, scaler, Process())
+        train_stage1.save_when_due(run, dataset, step, 10, *state)
+        if (tmp_path / "stage1.pt").exists():
+            saved.append(load(tmp_path / "stage1.pt")["step"])
+    assert saved == [3, 3, 3, 6, 7, 7, 7, 10]  # after the steps 3 to 10
+
 @pytest.mark.parametrize("number", [0, 1], ids=["stage 1", "stage 2"])
 def test_killed_runs_end_as_undisturbed_ones(killed_runs, number):
     """One kill each; `python tests/kill_runs.py` makes more."""
@@ -286,7 +391,7 @@ def test_killed_runs_end_as_undisturbed_ones(killed_runs, number):
 
 # ---- Variants of stage 2 ----
 
-VARIANTS = [  # stage 2's options; the end of the default folder's name; the losses that are not 0
+VARIANTS = [  # stage 2's options; the end of the default folder's name; the trained losses
     ([], "", "L_aux L_eln L_pseudo L_contra"),
     (["--filter", "threshold", "--threshold", "0.34"], "-threshold", "L_pseudo"),
     ("--filter threshold --threshold 0.34 --losses pseudo contra".split(), "-threshold-contra-pseudo",
@@ -304,9 +409,8 @@ def test_each_variant_of_stage_2_trains_what_it_needs(folder_run, work, options,
     out = work / f"run{end}"
     checkpoint = load(out / "stage2.pt")
     row = {name: value for name, value in checkpoint["rows"][-1].items() if name.startswith("L_")}
-    assert set(row) == {"L_sup", "L_aux", "L_eln", "L_pseudo", "L_contra"}
+    assert set(row) == {"L_sup", *terms.split()}
     zero = {name for name, value in row.items() if value == 0}
-    assert zero >= row.keys() - {"L_sup", *terms.split()}
     sure = {"L_sup", "L_eln"} | ({"L_pseudo"} if "--filter" in options else set())  # ELN may reject all
     assert not zero & sure & {"L_sup", *terms.split()}
     names = {name.split(".")[0] for name in checkpoint["networks"]}
@@ -334,6 +438,9 @@ def test_the_s_ecn_of_both_stages(folder_run, work):
 def test_a_supervised_run_begins_stage_2_without_eln_alone(work):
     options = "--pretrain-iters 2 --eln-iters 0 --out supervised".split()
     finishes(work, "train_stage1.py", *FOLDER, *LISTED, *options)
+    joint = ["--eln-iters", 3, "--pretrain-iters", 2, "--out", "supervised"]
+    command = ["train_stage1.py", *FOLDER, *LISTED, *joint]
+    refused(work, *command, says="supervised/stage1.pt --eln-iters 0 3")
     stage2 = "train_stage2.py supervised --iters 1 --device cpu".split()
     refused(work, *stage2, says="--filter eln supervised/stage1.pt")
     finishes(work, *stage2, "--filter", "threshold")
@@ -357,6 +464,29 @@ def test_pseudo_labels_of_each_filter(networks, threshold):
     ecn = mock.Mock(return_value=correction)
     labels, valid, _ = train_stage2.make_pseudo_labels(teacher, ecn, image_u, Namespace(filter="ecn"))
     assert torch.equal(labels, correction.argmax(1)) and valid.all()
+
+
+def test_accepted_are_the_shares_of_a_loop_over_pixels():
+    """Of the batch of all processes, and of each class that is predicted."""
+    generator = torch.Generator().manual_seed(0)
+    classes = ["sky", "traffic light", "never predicted", "größe"]
+    label = torch.tensor([0, 1, 3])[torch.randint(0, 3, (5, 6, 7), generator=generator)]
+    valid = torch.rand(5, 6, 7, generator=generator) < 0.1 + 0.2 * label
+    pixels, accepted = [0] * 4, [0] * 4
+    for c, is_valid in zip(label.flatten().tolist(), valid.flatten().tolist()):
+        pixels[c] += 1
+        accepted[c] += is_valid
+    names = {0: "accepted_0_sky", 1: "accepted_1_traffic_light", 3: "accepted_3_größe"}
+    want = {"accepted": sum(accepted) / (5 * 6 * 7)}
+    want.update({names[c]: accepted[c] / pixels[c] for c in names})
+
+    def of_process(process):
+        mine = images_of_process(5, process)
+        return train_stage2.acceptance(label[mine], valid[mine], classes, process)
+
+    for world in (1, 2, 3):
+        for row in on_processes(world, of_process):
+            assert row == pytest.approx(want) and list(row) == list(want)
 
 
 # ---- Pixels of Eq. (10) ----
@@ -426,6 +556,90 @@ def test_contrast_in_parts_is_eq_10(size):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         train_stage2.contrastive_loss_in_parts(anchor, key, *labels, 0.5, size)
     assert max(kept) <= 90 * 8  # no part of the matrix waits for the backward pass
+
+# ---- What the screen shows ----
+
+
+@pytest.mark.parametrize("seconds, text", [
+    (0, "0 s"), (119, "119 s"), (120, "2 minutes"), (7199, "120 minutes"),
+    (7200, "2 hours"), (172799, "48 hours"), (172800, "2 days"), (864000, "10 days"),
+])
+def test_the_time_left_is_told_in_a_fitting_unit(seconds, text):
+    assert train_stage1.duration(seconds) == f"about {text} left"
+
+
+@pytest.mark.parametrize("start", [0, 3])
+def test_a_pipe_shows_the_time_left_after_five_steps_and_at_rows(monkeypatch, capsys, start):
+    """Steps of 2 seconds until the row at step 10, then of 6."""
+    seconds = 0
+    monkeypatch.setattr(train_stage1, "time", Namespace(monotonic=lambda: seconds))
+    for rank in (0, 1):
+        log = []
+        steps = []
+        batches = iter("abcdefghijklmnop"[start:])
+        for step, batch in train_stage1.progress(batches, log, start, 16, Process(rank, 2)):
+            steps.append((step, batch))
+            seconds += 2 if step <= 10 else 6
+            if step in (10, 13, 16):
+                log.append({"step": step, "L_sup": 0.5, "wrong_0": 0.1})
+        assert steps == list(enumerate("abcdefghijklmnop", 1))[start:]
+        first = start + 5
+        assert capsys.readouterr().out.splitlines() == (rank == 0) * [
+            f"{first}/16  about {2 * (16 - first)} s left",
+            "10/16  L_sup 0.5  about 12 s left",
+            "13/16  L_sup 0.5  about 18 s left",
+            "16/16  L_sup 0.5",
+        ]
+
+
+def test_a_row_is_shown_with_the_class_of_which_least_is_accepted():
+    row = {"step": 3, "L_sup": 0.51234, "accepted": 0.5, "accepted_0_sky": 0.9}
+    row.update(accepted_12_cell_wall=0.004, accepted_3_x=0.02, wrong_0=0.3, mIoU=31.25)
+    shown = train_stage1.row_text(row)
+    assert shown == "  L_sup 0.512  accepted 0.5 (cell_wall 0.004)  mIoU 31.2"
+    for share, warns in ((0.0099, True), (0.01, False)):
+        row["accepted"] = share
+        assert ("(cell_wall 0.004), so almost no pseudo" in train_stage1.row_text(row)) == warns
+
+
+@pytest.mark.parametrize("L_sup, alphas, idle", [
+    (0.2, [5, 10], [2]),  # log 4 is 1.386: the bound of alpha is 6.93
+    (0.2, [7, 3, 6.9], [1]),
+    (0.01, [5, 138], []),
+    (0.01, [139, 5, 140], [1, 3]),
+    (0.2, [], []),
+])
+def test_decoders_that_eq_3_will_not_train_are_named(capsys, L_sup, alphas, idle):
+    """The last tenth of the pre-training counts: two rows, whose mean is L_sup."""
+    rows = [{"step": 18, "L_sup": 99.0}, {"step": 19, "L_sup": 1.5 * L_sup}]
+    rows.append({"step": 20, "L_sup": 0.5 * L_sup})
+    train_stage1.warn_of_idle_decoders(rows, Namespace(pretrain_iters=20, alphas=alphas), 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(idle)
+    for k, line in zip(idle, lines):
+        reason = f"as alpha {alphas[k - 1]} times L_sup {L_sup:.3f} is above log 4"
+        assert line.startswith(f"auxiliary decoder {k} will hardly learn, {reason}")
+
+
+def test_the_pre_training_ends_with_a_row_and_a_warning(work):
+    options = "--log-every 50 --eval-every 50 --alphas 0.1 900".split()
+    out = finishes(work, *STAGE1, *LISTED, *options)
+    assert [row["step"] for row in rows(work / "run/log_stage1.csv")] == ["4", "7"]
+    assert out.count("will hardly learn") == 1 and "auxiliary decoder 2 will hardly" in out
+
+
+@pytest.mark.parametrize("amp, on_cpu, on_new_gpu, on_old_gpu", [
+    ("auto", "float32", "bfloat16", "float16"),
+    ("off", "float32", "float32", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16", "bfloat16"),
+    ("float16", "float16", "float16", "float16"),
+])
+def test_the_type_of_mixed_precision(monkeypatch, amp, on_cpu, on_new_gpu, on_old_gpu):
+    assert train_stage1.float_type(amp, torch.device("cpu")) == on_cpu
+    for has_bfloat16, expected in ((True, on_new_gpu), (False, on_old_gpu)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **options: has_bfloat16)
+        assert train_stage1.float_type(amp, torch.device("cuda")) == expected
+
 
 # ---- Modes and gradients ----
 
@@ -547,24 +761,26 @@ def test_gradients_reach_only_what_a_loss_trains(networks):
 # ---- evaluate.py ----
 
 
-def sheet_size(columns, lines):
-    """Of panels of 48 pixels, which are enlarged four times, between margins of 4; captions on top."""
-    return columns * (4 * 48 + 4) + 4, 24 + lines * (4 * 48 + 4) + 4
+def sheet_size(columns, lines, legend):
+    """Of panels of 48 pixels, which are enlarged four times, between margins of 4; captions of
+    24 pixels on top, lines of the legend of 27 below."""
+    return columns * (4 * 48 + 4) + 4, 24 + lines * (4 * 48 + 4) + 4 + 27 * legend
 
 
 def test_evaluate_scores_and_draws(shapes_run, work):
     out = finishes(work, "evaluate.py", shapes_run, "--figures", 2, "--device", "cpu")
-    for word in ("background", "stage 1", "stage 2", "mean", "average precision", "figures/stage2.png"):
+    columns = ("stage 1", "student", "teacher")
+    for word in ("background", *columns, "mean", "average precision", "figures/student.png"):
         assert word in out
-    with Image.open(shapes_run / "figures/stage2.png") as image:
-        assert image.size == sheet_size(7, 2)
+    with Image.open(shapes_run / "figures/student.png") as image:
+        assert image.size == sheet_size(7, 2, legend=2)
 
 def test_evaluate_predicts_any_image_without_the_data_set(shapes_run, work):
     link(shapes_run, work / "student", "student_stage2.pt")
     finishes(work, "evaluate.py", "student", "--predict", "datasets/images/t3.jpg")
     size = Image.open(work / "datasets/images/t3.jpg").size
     for kind, mode in (("class", "L"), ("colour", "RGB"), ("overlay", "RGB")):
-        image = Image.open(work / f"student/predictions/t3_{kind}.png")
+        image = Image.open(work / f"student/predictions/student/t3_{kind}.png")
         assert (image.size, image.mode) == (size, mode)
 
 def test_evaluate_localizes_errors_with_the_masks_of_another_place(folder_run, work):
@@ -579,13 +795,29 @@ def test_several_runs_are_compared_and_shown_side_by_side(folder_run, shapes_run
     link(folder_run / "run", work / "again")
     done = run_apart(work, "evaluate.py", folder_run / "run", "again", "--compare")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 3 and "| stage2 | 2 |" in done.stdout
+    assert done.stdout.count("\n") == 3 and "| stage 2 | 1 (2 runs) |" in done.stdout
     refused(work, "evaluate.py", folder_run / "run", "again", says="--compare --figures")
     finishes(work, "evaluate.py", "again", folder_run / "run", "--figures", 2)
     with Image.open(work / "again/figures/compare.png") as image:
-        assert image.size == sheet_size(4, 2)  # image, truth, two runs
-        panels = np.asarray(image)[24:, 4 + 2 * 196 :]
+        assert image.size == sheet_size(4, 2, legend=1)  # image, truth, two runs
+        panels = np.asarray(image)[24 : 24 + 2 * 196, 4 + 2 * 196 :]
         assert np.array_equal(panels[:, :192], panels[:, 196 : 196 + 192])  # the same run twice
+    both = "evaluate.py", folder_run / "run", shapes_run, "--compare", "--csv", "all.csv"
+    assert len(finishes(work, *both).splitlines()) == 4
+    table = rows(work / "all.csv")
+    for row, folder in zip(table, (folder_run / "run", shapes_run), strict=True):
+        begin, *log = rows(folder / "log_stage2.csv")
+        assert (row["run"], row["steps"]) == (str(folder), "3")
+        assert row["stage_1"] == begin["mIoU"]
+        for last, best, column in (
+            ("mIoU", "best", "mIoU"), ("teacher", "teacher_best", "mIoU_teacher"),
+        ):
+            values = [one[column] for one in log if one[column]]
+            assert (row[last], row[best]) == (values[-1], max(values, key=float))
+        accepted = [float(one["accepted"]) for one in log]
+        assert float(row["accepted"]) == pytest.approx(sum(accepted) / 3)
+        args = load(folder / "stage2.pt")["args"]
+        assert (row["beta"], row["filter"]) == (f"{args['beta']}", "eln")
     path = str(shapes_run / "stage2.pt")
     refused(work, "evaluate.py", "again", shapes_run, "--figures", 1, says=f"{path} classes data set")
 
@@ -723,12 +955,15 @@ def test_weights_of_other_kinds_are_refused(work, option, kind):
     ({}, "--out elsewhere", "elsewhere/stage1.pt does not exist"),
     ({"step": 3}, "run", "run/stage1.pt unfinished"),
     ({"labeled": ["t0", "ghost"]}, "run", "ghost"),
-    ({"unlabeled": []}, "run", "run/stage1.pt labelled"),
+    ({"masks": 1}, "run", "masks labelled run/stage1.pt"),
     ({"classes": ["background", "red", "blue", "green"]}, "run", "run/stage1.pt classes"),
     ({"networks": {}}, "run", "run/stage1.pt other networks"),
-    ({}, "run --backbone resnet34", "--backbone resnet34"),
+    ({}, "run --backbone resnet34", "--backbone train_stage1.py alone"),
+    ({}, "run --size 64 64", "--size train_stage1.py alone"),
+    ({}, "run --alphas=1", "--alphas train_stage1.py alone"),
+    ({}, "run --bckbone resnet34", "unrecognized --bckbone"),
     ({}, "run --dataset shapes", "--dataset shapes folder"),
-    ({}, "run --ratio 1/3", "--ratio 1/3 1/20"),
+    ({}, "run --ratio 1/3", "--ratio 1/3 None"),
 ])
 def test_stage_2_wants_a_finished_stage_1_that_fits(folder_run, work, change, options, says):
     link(folder_run / "run", work / "run", "stage1.pt")
@@ -745,8 +980,9 @@ def test_stage_1s_file_does_not_choose_where_stage_2_writes(folder_run, work, mo
     torch.save(content, work / "run/stage1.pt")
     monkeypatch.chdir(work)
     args = train_stage2.parse_args(["run"])
+    folder = train_stage2.DEFAULTS["folder"]
     assert (args.filter, args.losses, args.out, args.run) == ("eln", ["contra", "pseudo"], "run", "run")
-    assert (args.iters, args.device, args.amp) == (101080, "auto", "auto")
+    assert (args.iters, args.device, args.amp) == (folder["iters"], "auto", "auto")
 
 
 @pytest.mark.parametrize("change", [
@@ -799,6 +1035,7 @@ def test_evaluate_refuses_in_one_line_what_a_loader_process_cannot_read(folder_r
 
 def test_one_process_checks_the_files_for_all(tmp_path, monkeypatch, capsys):
     dataset, ids = Namespace(name="folder", val=["v"], classes=["a", "b"]), [f"{i}" for i in range(1000)]
+    monkeypatch.setattr(train_stage1, "masks_checksum", lambda *args: 5)
     monkeypatch.setattr(train_stage1, "check_files", check := mock.Mock(return_value=["a note \x1b[2J"]))
     args = Namespace(out=str(tmp_path / "run"), size=[32, 32])
     for rank in (0, 1, 2):
@@ -831,6 +1068,25 @@ def test_the_papers_settings_are_the_defaults():
     args = train_stage1.parse_args(["--dataset", "cityscapes"])
     assert (args.size, args.batch_size, args.ratio) == ([512, 1024], 4, "1/8")
 
+def test_a_folder_and_shapes_have_defaults_of_their_own():
+    args = train_stage1.parse_args(["--dataset", "folder"])
+    assert (args.size, args.backbone, args.alphas) == ([128, 128], "resnet18", [5.0, 10.0])
+    assert (args.ratio, args.out) == (None, "runs/folder-all")
+    paper = "--dataset voc --ratio 1/8".split()
+    assert train_stage1.parse_args(paper).alphas == [20.0, 50.0]
+    ratio = train_stage1.parse_args("--dataset folder --ratio 1/2 --split 3".split())
+    listed = train_stage1.parse_args("--dataset folder --labeled-list x/mine.txt".split())
+    assert (ratio.out, listed.out) == ("runs/folder-1_2-3", "runs/folder-mine")
+
+def test_a_folder_without_ratio_labels_every_image_that_has_a_mask(work):
+    options = "--pretrain-iters 1 --eln-iters 0".split()
+    finishes(work, "train_stage1.py", *FOLDER, *options)
+    found = load(work / "runs/folder-all-supervised/stage1.pt")
+    assert found["labeled"] == ["t0", "t1", "t2", "t3", "t4", "t5"]
+    assert found["unlabeled"] == ["t6", "t7"]
+
 def test_stage_2_takes_the_defaults_of_its_stage_1s_data_set(folder_run):
     args = train_stage2.parse_args([str(folder_run / "run")])
-    assert (args.dataset, args.iters, args.contrast_pixels) == ("folder", 101080, 4096)
+    folder = train_stage2.DEFAULTS["folder"]
+    assert (args.dataset, args.iters) == ("folder", folder["iters"])
+    assert args.contrast_pixels == folder["contrast_pixels"] != 4096
