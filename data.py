@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -343,8 +343,8 @@ def load_folder(data):
     files, rule = match_files(images, data / "masks")
     path = data / "classes.txt"
     classes = read_lines(path)
-    number = f"{path} names {len(classes)} classes, not 2 to 255"
-    require(1 < len(classes) < 256, f"{number}; the background is one too: name it first")
+    number = f"{path} must name 2 to 255 classes, and has {len(classes)}"
+    require(1 < len(classes) < 256, f"{number}; the background is one too, mostly the first")
     form = "name one class a line, from 0 on, without numbers, comments or a heading"
     for i, name in enumerate(classes):  # labelme, CVAT and spreadsheets write other lines too
         number = re.match(r"(\d+)\s", name)
@@ -522,6 +522,11 @@ def open_image(path, formats=FORMATS):
             yield image
     except (InputError, MemoryError):
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except UnidentifiedImageError:
+        known = ", ".join(formats)
+        raise InputError(f"{path} cannot be read as {known}: convert it") from None
     except Exception as error:  # damaged bytes reach Pillow's readers as errors of many kinds
         raise InputError(f"{path} cannot be read as {', '.join(formats)} ({error})") from None
 
@@ -639,6 +644,8 @@ def read_lines(path):
     require_regular(path)
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist (README, Your own images)") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"list {path} cannot be read as text in UTF-8 ({error})") from None
     lines = unicodedata.normalize("NFC", text).splitlines()

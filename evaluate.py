@@ -237,7 +237,7 @@ def diagnosis(logits, aux_logits, valid_logits, label, process):
 
 # ---- Figures (Fig. 3 to 6) ----
 
-RIGHT_OR_WRONG = ((210, 210, 210), (0, 0, 0))  # light grey, black
+RIGHT_OR_WRONG = ((210, 210, 210), (255, 0, 255))  # light grey, magenta
 
 
 def panels(networks, eln, X, image, label, palette):
@@ -355,7 +355,8 @@ def segment(network, record, path, device):
     X = normalize(resize(image, size).to(device))[None]
     index = resized_argmax(network(X)[0], image.shape[1:])
     painted = colour(index, record["palette"])
-    overlay = image.permute(1, 2, 0).numpy() // 2 + painted // 2
+    overlay = image.permute(1, 2, 0).numpy()
+    overlay = np.where(painted.any(2, keepdims=True), overlay // 2 + painted // 2, overlay)
     return {"class": index.cpu().numpy(), "colour": painted, "overlay": overlay}
 
 
@@ -446,6 +447,11 @@ def run_results(checkpoint):
     settings = {"stage": checkpoint["stage"], **checkpoint["args"]}
     for key in CHANGEABLE:
         settings.pop(key, None)
+    if settings.get("filter") != "threshold":
+        settings.pop("threshold", None)
+    for key, value in settings.items():
+        if isinstance(value, list):
+            settings[key] = " ".join(map(str, value))
     labeled, unlabeled, classes = [checkpoint[k] for k in ("labeled", "unlabeled", "classes")]
     settings.update(labeled=len(labeled), unlabeled=len(unlabeled), classes=len(classes))
     data = Path(checkpoint["args"]["data"]).name
@@ -616,7 +622,10 @@ def checkpoint_path(folder, stage):
 def main(args):
     """Do what the command line asks. Returns the exit code; raises InputError."""
     device = choose_device(args.device)
+    require(args.compare or not args.csv, "--csv goes with --compare")
     if args.compare:
+        others = args.list or args.teacher
+        require(not others, "--compare reads the logs: --list and --teacher do not change it")
         compare_runs(args)
         return 0
     single = len(args.run) == 1
@@ -657,6 +666,7 @@ def compare_runs(args):
         rows = [{"run": folder, **runs[folder][1], **runs[folder][0]} for folder in runs]
         with replacing(args.csv) as file:
             file.write(csv_text(rows).encode())
+        print(f"a line a run: {args.csv}")
 
 
 def caption_of(run, args):
@@ -680,7 +690,7 @@ def print_better_network(run, args):
     known = {"student": rows[-1]["mIoU"], "teacher": rows[-1]["mIoU_teacher"]}
     if path.with_name("student_stage1.pt").exists():
         known["stage 1"] = rows[0]["mIoU"]  # with which the log begins
-    options = {"stage 1": "--stage 1", "student": "--stage 2"}
+    options = {"stage 1": "--stage 1", "student": "--stage 2 without --teacher"}
     options["teacher"] = "--stage 2 --teacher"
     used = caption_of(run, args)
     best = max(known, key=lambda caption: float(known[caption]))
@@ -724,7 +734,8 @@ def print_scores(run, dataset, args, device):
             own_size = matrices["original"]
     if not torch.equal(columns[caption_of(run, args)], own_size):
         columns["own size"] = own_size
-    images = f"{len(dataset.val)} {args.list or 'validation'} images of {dataset.name}"
+    kind = "listed" if args.list else "validation"
+    images = f"{len(dataset.val)} {kind} images of {dataset.name}"
     print(f"{title(run, args)} IoU in percent, {images}")
     print(f"{'class':20}" + "".join(f"{caption:>10}" for caption in columns))
     table = torch.stack([iou(matrix) for matrix in columns.values()], dim=1)  # (C, columns)
@@ -771,9 +782,11 @@ def images_to_judge(runs, dataset, args):
     """Unlabelled images of a run that have a mask, else validation images: kind and ids."""
     unlabeled = runs[0].checkpoint["unlabeled"]
     with_mask = [key for key in unlabeled if key in dataset.files and dataset.has_mask(key)]
-    if len(runs) == 1 and with_mask and not args.list:
+    if args.list:
+        return "listed", dataset.val
+    if len(runs) == 1 and with_mask:
         return "unlabelled", with_mask
-    return args.list or "validation", dataset.val
+    return "validation", dataset.val
 
 
 def draw_figures(runs, dataset, args, device):

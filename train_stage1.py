@@ -61,7 +61,7 @@ def train(args, process):
     )
     weight = weight_of_process(args.batch_size, process)  # of its images; for one process 1
 
-    for step, batch in progress(batches, rows, start, steps, process):
+    for step, batch in progress(batches, rows, start, steps, process, args.pretrain_iters):
         seed_step(args.seed, 1, step, process)
         image, label = to_device(batch, process.device)  # X, Y
 
@@ -76,6 +76,8 @@ def train(args, process):
         # After the pre-training the decoders D^k learn too, but stay worse than D, and ELN
         # learns to find the wrong pixels of all K+1 predictions.
         if step > args.pretrain_iters:
+            if step == args.pretrain_iters + 1 and process.rank == 0:
+                warn_of_idle_decoders(rows, args, len(dataset.classes))
             with autocast:
                 aux_logits, valid_logits = auxiliary(image, logits, *encoded)  # P^k, B^k
             L_aux = auxiliary_loss(aux_logits, logits, label, args.alphas)  # Eq. (3)
@@ -96,8 +98,6 @@ def train(args, process):
             if is_scored:
                 row["mIoU"] = validate(nets["main"], dataset, args, process)
             rows.append(row)
-        if step == args.pretrain_iters < steps and process.rank == 0:
-            warn_of_idle_decoders(rows, args, len(dataset.classes))
         save_when_due(run, dataset, step, steps, rows, nets, optimizer, scaler, process)
 
 
@@ -108,13 +108,14 @@ def warn_of_idle_decoders(rows, args, num_classes):
     times the main decoder's.
     """
     late = [row["L_sup"] for row in rows if row["step"] > 0.9 * args.pretrain_iters]
-    L_sup = sum(late) / len(late)
+    L_sup = sum(late) / max(len(late), 1)
     L_chance = math.log(num_classes)
     for k, alpha_k in enumerate(args.alphas, start=1):
         if alpha_k * L_sup > L_chance:
-            loss = f"alpha {alpha_k:g} times L_sup {L_sup:.3f} is above log {num_classes}"
-            remedy = "give smaller --alphas or more --pretrain-iters"
-            print(f"auxiliary decoder {k} will hardly learn, as {loss} (Eq. 3): {remedy}")
+            reason = f"L_sup {L_sup:.3f} is above log {num_classes} / {alpha_k:g}"
+            line = f"auxiliary decoder {k} will hardly learn (Eq. 3): {reason}"
+            limit = f"{L_chance / alpha_k:.3f}; give smaller --alphas or more --pretrain-iters"
+            print(f"{line} = {limit}", flush=True)
 
 
 # ---- Processes and precision (both stages) ----
@@ -221,6 +222,8 @@ def open_run(stage, args, dataset, labeled, unlabeled, process):
     run = dict(stage=stage, args=vars(args), labeled=labeled, unlabeled=unlabeled)
     run["masks"] = masks_checksum(dataset, labeled)
     run["classes"] = list(dataset.classes)
+    run["val"] = dataset.val
+    run["val_masks"] = masks_checksum(dataset, dataset.val)
     run["saved"] = time.monotonic()  # when its checkpoint was written last
     return run, lock_folder(args.out, process)
 
@@ -306,11 +309,15 @@ def require_same_run(run, checkpoint, path):
         if key not in CHANGEABLE and before != value and not is_longer:
             option = f"--{key.replace('_', '-')} {before}, but this command has {value}"
             raise InputError(f"{path} was made with {option}; {advice}")
-    compared = ["labeled", "masks", "classes"]
+    compared = {
+        "labeled": "labelled images", "masks": "masks of labelled images", "classes": "classes",
+        "val": "validation images", "val_masks": "masks of validation images",
+    }
     if run["stage"] == 2:
-        compared.append("unlabeled")
-    for key in compared:
-        require(checkpoint[key] == run[key], f"{path} was made with other {key}; {advice}")
+        compared["unlabeled"] = "unlabelled images"
+    for key, name in compared.items():
+        same = checkpoint.get(key) == run[key]
+        require(same, f"{path} was made with other {name}; {advice}")
 
 
 def save_when_due(run, dataset, step, steps, rows, nets, optimizer, scaler, process):
@@ -377,12 +384,13 @@ def log_row(step, terms, weight, process):
     return row
 
 
-def progress(batches, rows, start, steps, process):
+def progress(batches, rows, start, steps, process, pretrain_iters=0):
     """(step, batch) from start + 1 on, and what the first process shows of the training.
 
     It prints each row that the loop adds to `rows`, and the time left at the pace since the row
-    before. In between, a terminal has a line that renews itself every second, and a file or a
-    pipe one line after the first five steps.
+    before (a step after the pre-training takes about as long as four within). In between, a
+    terminal has a line that renews itself every second, and a file or a pipe one line after the
+    first five steps.
     """
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     clear_line = "\r\033[K" if is_terminal else ""
@@ -394,7 +402,10 @@ def progress(batches, rows, start, steps, process):
         if process.rank > 0:
             continue
         now = time.monotonic()
-        left = duration((now - row_time) / (step - row_step) * (steps - step))
+        steps_left = steps - step
+        if step < pretrain_iters:
+            steps_left += 3 * (steps - pretrain_iters)
+        left = duration((now - row_time) / (step - row_step) * steps_left)
         head = f"{clear_line}{step}/{steps}"
         if rows and rows[-1]["step"] == step:
             end = "" if step == steps else f"  {left}"

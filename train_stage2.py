@@ -13,6 +13,7 @@ import copy
 import io
 import re
 import sys
+from argparse import Namespace
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def train(args, process):
     w_contra = 1.0 if "contra" in args.losses else 0.0
 
     start, rows = resume(run, args.iters, nets, optimizer, scaler, process)
-    rows = rows or [first_row(stage1)]
+    rows = rows or [first_row(nets["student"], dataset, args, process)]
     batches = make_batches(dataset, run, start, args, process)
     weight = weight_of_process(args.batch_size, process)  # of its images; for one process 1
 
@@ -275,9 +276,9 @@ def trained(terms, args):
     return {name: loss for name, loss in terms.items() if name in names}
 
 
-def first_row(stage1):
+def first_row(student, dataset, args, process):
     """The log begins with what stage 1 reached, as student and teacher begin there."""
-    mIoU = stage1["rows"][-1]["mIoU"]
+    mIoU = validate(student, dataset, args, process)
     return {"step": 0, "mIoU": mIoU, "mIoU_teacher": mIoU}
 
 
@@ -315,7 +316,8 @@ def make_networks(args, stage1):
     nets["student"] = DeepLabV3Plus(num_classes, args.backbone, "none", args.width)
     load_state(nets["student"], stage1["networks"], path, prefix="main.")
     if args.filter in ("eln", "ecn"):
-        nets["auxiliary"] = AuxiliaryNetworks(num_classes, nets["student"].encoder, args)
+        empty = Namespace(**{**vars(args), "eln_weights": "none"})  # stage 1 has better ones
+        nets["auxiliary"] = AuxiliaryNetworks(num_classes, nets["student"].encoder, empty)
         load_state(nets["auxiliary"], stage1["networks"], path, prefix="auxiliary.")
     nets["teacher"] = copy.deepcopy(nets["student"]).requires_grad_(False)
     return nets
@@ -392,7 +394,6 @@ def parse_args(argv=None):
         options = stage1_options(stage1["args"], path)
     del options["out"]
     parser.set_defaults(**{**options, **DEFAULTS[options["dataset"]]})
-    parser.set_defaults(weights="none", eln_weights="none")  # stage 1's networks have them
     args = parser.parse_args(argv)
     advice = "run train_stage1.py first, or name its folder"
     require(stage1 is not None, f"{path} does not exist: {advice}")
@@ -405,6 +406,8 @@ def parse_args(argv=None):
         args.out = args.run
         if args.filter != args.corrector:
             args.out += f"-{args.filter}"
+        if args.filter == "threshold" and args.threshold != parser.get_default("threshold"):
+            args.out += f"-{args.threshold:g}"
         if args.losses != default_losses:
             args.out += f"-{'-'.join(args.losses)}"
     return args

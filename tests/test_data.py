@@ -839,7 +839,7 @@ def test_a_mask_in_a_format_that_is_not_read_is_named(folder, ending):
     assert labeled_ids(dataset, None, 0) == ["a0", "a1", "a2", "a3"]
     with pytest.raises(InputError) as caught:
         check_files(dataset, ["a0", "a2"], ["a4"], (20, 30))
-    assert str(caught.value).startswith(f"{path} cannot be read as PNG, TIFF, BMP, PPM (")
+    assert str(caught.value).startswith(f"{path} cannot be read as PNG, TIFF, BMP, PPM: convert")
     assert "\n" not in str(caught.value)
 
 
@@ -996,14 +996,14 @@ BROKEN = {
     "masks named otherwise": (lambda d: remake(d, "masks/*", ending="_seg.png"), "a0_seg.png fits no image"),
     "masks as JPEG": (
         lambda d: remake(d, "masks/*", ending=".jpg"),
-        "masks/a0.jpg cannot be read as PNG, TIFF, BMP, PPM (",
+        "masks/a0.jpg cannot be read as PNG, TIFF, BMP, PPM: convert it",
     ),
     "JPEG called PNG": (lambda d: write(d / "masks/v0.png", mask(5), format="JPEG"), "cannot be read as PNG"),
     "palettes that differ": (lambda d: remake(d, "masks/a2.png", palette=GREYS[::-1]), "number the classes"),
     "two masks": (lambda d: write(d / "masks/a0.jpg.png", mask(0)), "a0.png are both masks of a0"),
     "two formats of a mask": (lambda d: write(d / "masks/a0.tif", mask(0)), "a0.tif have the same id, a0"),
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "only 0/5 have a mask of the same name in"),
-    "no train.txt": (lambda d: (d / "train.txt").unlink(), "train.txt cannot be read"),
+    "no train.txt": (lambda d: (d / "train.txt").unlink(), "train.txt does not exist (README, Your own images)"),
     "empty train.txt": (lambda d: (d / "train.txt").write_text("\n"), "train.txt names no image"),
     "an id for both": (
         lambda d: (d / "val.txt").write_text("v0\na4\n"),
@@ -1018,9 +1018,9 @@ BROKEN = {
     "labels.txt of labelme": (classes("__ignore__\nsky\nland\nsea"), "the line '__ignore__'"),
     "one class": (
         classes("tumour\n"),
-        "classes.txt names 1 classes, not 2 to 255; the background is one too: name it first",
+        "must name 2 to 255 classes, and has 1; the background is one too, mostly the first",
     ),
-    "256 classes": (classes("a\n" * 256), "classes.txt names 256 classes"),
+    "256 classes": (classes("a\n" * 256), "classes.txt must name 2 to 255 classes, and has 256"),
 }
 
 

@@ -367,10 +367,10 @@ def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
     P, Y = logits_of(90, H, W).argmax(0).numpy(), label.numpy()
     rejected = output.argmax(0).numpy() != P if judge == "s-ECN" else output.numpy() <= 0
     colours = np.array(PALETTE + [[255] * 3] * 253)
-    light_grey, black, white = [210] * 3, [0] * 3, [255] * 3
+    light_grey, magenta, white = [210] * 3, [255, 0, 255], [255] * 3
 
     def marked(mask):
-        return np.where(Y[..., None] == 255, white, np.where(mask[..., None], black, light_grey))
+        return np.where(Y[..., None] == 255, white, np.where(mask[..., None], magenta, light_grey))
 
     want = {"image": image.permute(1, 2, 0).numpy(), "truth": colours[Y]}
     want.update(dict.fromkeys(networks, colours[P]))
@@ -494,7 +494,7 @@ LOG = """step,L_sup,mIoU,mIoU_teacher
     (40, 50, 45, "student", ""),
     (50, 50, 50, "student", ""),
     (40, 50, 45, "stage 1",
-     "stage 1 has mIoU 40.0 in the log, student has 50.0: --stage 2 takes it"),
+     "stage 1 has mIoU 40.0 in the log, student has 50.0: --stage 2 without --teacher takes it"),
     (50, 40, 45, "teacher",
      "teacher has mIoU 45.0 in the log, stage 1 has 50.0: --stage 1 takes it"),
     (40, 45, 50, "teacher", ""),
@@ -610,7 +610,9 @@ def test_two_data_sets_make_two_rows():
 def test_runs_without_a_checkpoint_are_left_out(said, tmp_path):
     code, out, err = said(f"nothing run early --compare --csv {tmp_path}/all.csv", notes=1)
     assert code == 0 and err == "nothing/stage1.pt does not exist: nothing is left out\n"
-    names = [line.split("|")[1].strip() for line in out.splitlines()[2:]]
+    *table, written = out.splitlines()
+    assert written == f"a line a run: {tmp_path}/all.csv"
+    names = [line.split("|")[1].strip() for line in table[2:]]
     assert names == ["stage 2", "stage 1"]
     with open(tmp_path / "all.csv", newline="") as file:
         run, early = csv.DictReader(file)
@@ -824,7 +826,7 @@ def test_scores_of_all_networks_stand_side_by_side(
 ):
     keys, images = SCORED, "2 validation images"
     if listed:
-        keys, images = SHAPES.train[7:10], f"3 {tmp_path}/ids.txt images"
+        keys, images = SHAPES.train[7:10], "3 listed images"
         (tmp_path / "ids.txt").write_text("\n".join(keys))
         options += f" --list {tmp_path}/ids.txt"
     monkeypatch.setattr(SHAPES, "val", keys)
@@ -930,7 +932,7 @@ def test_ids_of_a_list_are_drawn_in_the_place_of_all_others(said, tmp_path):
         place = 24 + 4 + row * 196
         assert np.array_equal(whole[place : place + 192 : 6, 4:196:6], image)
     out = said(f"run --list {tmp_path}/ids.txt --error-localization")[1]
-    assert f"2 {tmp_path}/ids.txt images" in out
+    assert "2 listed images" in out
 
 
 def test_several_runs_are_drawn_side_by_side(said):
@@ -942,6 +944,7 @@ def test_several_runs_are_drawn_side_by_side(said):
 
 @pytest.mark.parametrize("options, says", [
     ("early --teacher", "of stage 1"), ("run early", "--compare"),
+    ("run --compare --teacher", "--teacher do not"), ("run --csv x.csv", "--csv goes with"),
     ("early --predict no.png", "no.png"), ("no_run", "no_run/student_stage1.pt does not exist"),
     ("early --predict a/v.png v.png", "v.png and a/v.png would give the same files"),
 ])

@@ -239,7 +239,7 @@ def test_validation_counts_every_image_once(runs):
     masks = [np.asarray(Image.open(runs / f"datasets/masks/{key}.png")) for key in ("v0", "v1")]
     known = sum(int((mask != 255).sum()) for mask in masks)
     one = (runs / "matrices_1_0.txt").read_text().splitlines()
-    assert len(one) == 1 + 2 * len(VARIANTS)  # stage 1, and in each stage 2 student and teacher
+    assert len(one) == 1 + 3 * len(VARIANTS)  # stage 1; in stage 2 first the student, then both
     for line in one:
         assert sum(map(sum, json.loads(line)["original"])) == known
     for world, lines in ((2, one[:1]), (3, one)):  # two processes: stage 1 alone

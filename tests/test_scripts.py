@@ -337,16 +337,31 @@ def test_a_longer_run_equals_a_straight_one(folder_run, work, stage, command, op
 
 def test_repainted_labelled_masks_are_refused_by_both_stages(folder_run, work):
     link(folder_run / "run", work / "run")
-    for key in ("t6", "v0"):  # of an unlabelled image, and of validation
-        paint(f"masks/{key}.png", *Image.open(work / f"datasets/images/{key}.jpg").size[::-1])
+    size = Image.open(work / "datasets/images/t6.jpg").size
+    paint("masks/t6.png", *size[::-1])  # of an unlabelled image
     assert "is finished" in finishes(work, *STAGE1, *LISTED)
     path = work / "datasets/masks/t1.png"
     label = np.asarray(Image.open(path)).copy()
     label[12, 7] = 2
     Image.fromarray(label).save(path)
-    refused(work, *STAGE1, *LISTED, says="run/stage1.pt other masks")
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt other masks of labelled images")
     refused(work, *STAGE2, says="masks of labelled images run/stage1.pt")
     refused(work, *NEW2, says="masks of labelled images run/stage1.pt")
+
+def test_scores_of_other_validation_images_are_not_mixed(folder_run, work):
+    """Neither its masks nor its list may change within a stage; stage 2 begins with a score."""
+    link(folder_run / "run", work / "run")
+    path = work / "datasets/masks/v0.png"
+    Image.fromarray(1 - np.asarray(Image.open(path)).clip(0, 1)).save(path)
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt other masks of validation images")
+    refused(work, *STAGE2, says="run/stage2.pt other masks of validation images")
+    finishes(work, *NEW2, "--iters", 1)
+    score = float(rows(work / "new/log_stage2.csv")[0]["mIoU"])
+    (work / "run/stage2.pt").unlink()
+    out = apart(work, "evaluate.py", "run", "--stage", 1)[1]
+    assert f"{score:.2f}" in out.splitlines()[-1]
+    (work / "datasets/val.txt").write_text("v1\n")
+    refused(work, *STAGE1, *LISTED, says="run/stage1.pt other validation images")
 
 def test_images_that_are_added_after_stage_1_are_used_by_stage_2(folder_run, work):
     data = work / "datasets"
@@ -359,7 +374,7 @@ def test_images_that_are_added_after_stage_1_are_used_by_stage_2(folder_run, wor
     assert load(work / "new/stage2.pt")["unlabeled"] == ["t4", "t5", "t6", "t7", "t8"]
     (data / "few.txt").write_text("t8\nt5\n")
     few = ["--unlabeled-list", "datasets/few.txt", "--iters", 1]
-    refused(work, *NEW2, *few, says="new/stage2.pt other unlabeled")
+    refused(work, *NEW2, *few, says="new/stage2.pt other unlabelled images")
     overlap = ["--unlabeled-list", "datasets/labeled.txt"]
     refused(work, *STAGE2, *overlap, says="labelled unlabelled overlap t0")
     shutil.copy(data / "labeled.txt", data / "train.txt")
@@ -393,8 +408,8 @@ def test_killed_runs_end_as_undisturbed_ones(killed_runs, number):
 
 VARIANTS = [  # stage 2's options; the end of the default folder's name; the trained losses
     ([], "", "L_aux L_eln L_pseudo L_contra"),
-    (["--filter", "threshold", "--threshold", "0.34"], "-threshold", "L_pseudo"),
-    ("--filter threshold --threshold 0.34 --losses pseudo contra".split(), "-threshold-contra-pseudo",
+    (["--filter", "threshold", "--threshold", "0.34"], "-threshold-0.34", "L_pseudo"),
+    ("--filter threshold --threshold 0.34 --losses pseudo contra".split(), "-threshold-0.34-contra-pseudo",
      "L_pseudo L_contra"),
     (["--filter", "none"], "-none", "L_pseudo L_contra"),
     (["--losses", "pseudo"], "-pseudo", "L_aux L_eln L_pseudo"),
@@ -617,8 +632,9 @@ def test_decoders_that_eq_3_will_not_train_are_named(capsys, L_sup, alphas, idle
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(idle)
     for k, line in zip(idle, lines):
-        reason = f"as alpha {alphas[k - 1]} times L_sup {L_sup:.3f} is above log 4"
-        assert line.startswith(f"auxiliary decoder {k} will hardly learn, {reason}")
+        limit = f"log 4 / {alphas[k - 1]} = {math.log(4) / alphas[k - 1]:.3f}"
+        reason = f"L_sup {L_sup:.3f} is above {limit}"
+        assert line.startswith(f"auxiliary decoder {k} will hardly learn (Eq. 3): {reason}")
 
 
 def test_the_pre_training_ends_with_a_row_and_a_warning(work):
@@ -661,10 +677,13 @@ def test_labels_come_from_fixed_statistics_and_before_the_step(folder_run, work,
     labelling = [("main", False, False), ("ELN", False, False)]
     learning = [("main", True, True), ("ELN", True, True), ("main", True, True)]
     validation = [("main", False, False)] * 4  # two images, by student and teacher
+    begin = calls[:2]  # the row of step 0: two images, by the student
+    calls = calls[2:]
     assert [call[:3] for call in calls] == 2 * (labelling + learning + validation)
     teacher, eln, student, eln_again, student_again = (call[3] for call in calls[:5])
     assert eln == eln_again and student == student_again and teacher != student
     assert [call[3] for call in calls[5:9]] == [student, student, teacher, teacher]
+    assert [call[1:] for call in begin] == 2 * [(False, False, student)]
 
 
 def test_after_a_step_all_processes_have_the_first_ones_statistics(networks, monkeypatch):
@@ -803,7 +822,7 @@ def test_several_runs_are_compared_and_shown_side_by_side(folder_run, shapes_run
         panels = np.asarray(image)[24 : 24 + 2 * 196, 4 + 2 * 196 :]
         assert np.array_equal(panels[:, :192], panels[:, 196 : 196 + 192])  # the same run twice
     both = "evaluate.py", folder_run / "run", shapes_run, "--compare", "--csv", "all.csv"
-    assert len(finishes(work, *both).splitlines()) == 4
+    assert len(finishes(work, *both).splitlines()) == 5
     table = rows(work / "all.csv")
     for row, folder in zip(table, (folder_run / "run", shapes_run), strict=True):
         begin, *log = rows(folder / "log_stage2.csv")
