@@ -607,6 +607,14 @@ def test_a_pipe_shows_the_time_left_after_five_steps_and_at_rows(monkeypatch, ca
         ]
 
 
+def test_a_step_after_the_pre_training_is_expected_to_take_as_long_as_four(monkeypatch, capsys):
+    seconds = 0
+    monkeypatch.setattr(train_stage1, "time", Namespace(monotonic=lambda: seconds))
+    for _ in train_stage1.progress(iter("abcdefgh"), [], 0, 8, Process(), pretrain_iters=6):
+        seconds += 2
+    assert capsys.readouterr().out == f"5/8  about {2 * (1 + 4 * 2)} s left\n"
+
+
 def test_a_row_is_shown_with_the_class_of_which_least_is_accepted():
     row = {"step": 3, "L_sup": 0.51234, "accepted": 0.5, "accepted_0_sky": 0.9}
     row.update(accepted_12_cell_wall=0.004, accepted_3_x=0.02, wrong_0=0.3, mIoU=31.25)
