@@ -1003,7 +1003,9 @@ BROKEN = {
     "two masks": (lambda d: write(d / "masks/a0.jpg.png", mask(0)), "a0.png are both masks of a0"),
     "two formats of a mask": (lambda d: write(d / "masks/a0.tif", mask(0)), "a0.tif have the same id, a0"),
     "no masks": (lambda d: (d / "masks").rename(d / "labels"), "only 0/5 have a mask of the same name in"),
-    "no train.txt": (lambda d: (d / "train.txt").unlink(), "train.txt does not exist (README, Your own images)"),
+    "no train.txt": (
+        lambda d: (d / "train.txt").unlink(), "train.txt does not exist (README, Your own images)",
+    ),
     "empty train.txt": (lambda d: (d / "train.txt").write_text("\n"), "train.txt names no image"),
     "an id for both": (
         lambda d: (d / "val.txt").write_text("v0\na4\n"),
