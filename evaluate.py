@@ -1,7 +1,7 @@
 """Measure and look at a run (Sec. 4.3), also while it is still in training.
 
 python evaluate.py RUN                       IoU of every class and mIoU, after both stages
-python evaluate.py RUN --figures 4           the same, a line on how ELN does, and Fig. 5
+python evaluate.py RUN --figures 4           the same, a word on how ELN does, and Fig. 5
 python evaluate.py RUN --error-localization  how well ELN finds errors (Table 4), in unlabelled
                                              images that have a mask, else in validation images
 python evaluate.py RUN --predict PATH ...    masks of images and folders; needs no data set
@@ -345,8 +345,13 @@ def predict(network, record, paths, folder, device):
     return code
 
 
-def segment(network, record, path, device):
-    """{"class": (H, W) uint8, "colour", "overlay": (H, W, 3) uint8} of an image file."""
+@torch.no_grad()
+def segment(network, record, path, device="cpu"):
+    """Segment an image file, whatever its size, by a network of load_student.
+
+    Returns {"class": (H, W) uint8, "colour", "overlay": (H, W, 3) uint8} NumPy arrays. Raises
+    InputError for a file that is no image.
+    """
     image = read_rgb(path)
     if image.max() < 64:
         line = f"{path}: its brightest value is {int(image.max())} of 255"
@@ -639,6 +644,8 @@ def main(args):
     if args.error_localization:
         print_error_localization(runs[0], dataset, args, device)
     elif single:
+        if args.figures:
+            print_average_precision(runs[0], dataset, args, device)
         print_scores(runs[0], dataset, args, device)
     if args.figures:
         draw_figures(runs, dataset, args, device)
@@ -778,6 +785,29 @@ def print_error_localization(run, dataset, args, device):
         print(f"{method:12}{positive:12}{over:12}" + "".join(f"{x:10.4f}" for x in values))
 
 
+def print_average_precision(run, dataset, args, device):
+    """Say in two sentences whether ELN (the s-ECN) or confidence finds errors better."""
+    eln = load_eln(run.path, run.checkpoint, device)
+    if eln is None:
+        return
+    kind, keys = images_to_judge([run], dataset, args)
+    keys = spread(keys, 100)
+    images = images_with_masks(dataset, keys, run.record["size"], device, args.workers)
+    table = error_localization(run.network, eln, images, args.threshold)
+    precision = {}  # {method: average precision}
+    for (method, _, over), values in table.items():
+        if over == "AP":
+            precision[method] = values[0]
+    chance = precision.pop("none")
+    (name, of_eln), (rival, of_rival) = precision.items()  # "ELN" or "s-ECN", "confidence"
+    better = name if of_eln > of_rival else rival
+    print(f"{name} and plain {rival} each order the pixels of {len(keys)} {kind} images by how")
+    print("much they suspect them; the average precision of such an order is 1 where all wrong")
+    print(f"pixels of the {caption_of(run, args)} come first, and {chance:.3f} by chance.")
+    have = f"{name} has {of_eln:.3f} and {rival} {of_rival:.3f}"
+    print(f"{have}: here {better} finds errors better.")
+
+
 def images_to_judge(runs, dataset, args):
     """Unlabelled images of a run that have a mask, else validation images: kind and ids."""
     unlabeled = runs[0].checkpoint["unlabeled"]
@@ -791,7 +821,7 @@ def images_to_judge(runs, dataset, args):
 
 def draw_figures(runs, dataset, args, device):
     """Fig. 5 of one run, or several runs side by side as in Fig. 3."""
-    kind, keys = images_to_judge(runs, dataset, args)
+    _, keys = images_to_judge(runs, dataset, args)
     size = runs[0].record["size"]
     eln = None
     folders = [str(run.path.parent).replace("/", "-") for run in runs]
@@ -803,15 +833,6 @@ def draw_figures(runs, dataset, args, device):
         networks.pop("student" if args.teacher else "teacher", None)
         eln = load_eln(runs[0].path, runs[0].checkpoint, device)
         name = output_name(runs[0], args)
-    if eln is not None:
-        judged = spread(keys, 100)
-        images = images_with_masks(dataset, judged, size, device, args.workers)
-        table = error_localization(runs[0].network, eln, images, args.threshold)
-        line = f"average precision (1 at best), errors in {len(judged)} {kind} images:"
-        for (method, _, over), values in table.items():
-            if over == "AP":
-                line += f"  {method} {values[0]:.3f}"
-        print(line)
     rows = []
     keys = spread(keys, args.figures)
     for key, (X, label, _) in zip(keys, images_with_masks(dataset, keys, size, device)):

@@ -877,9 +877,27 @@ def test_the_name_of_a_class_does_not_steer_the_terminal(monkeypatch, capsys):
 def test_figures_and_errors_are_of_unlabelled_images_with_masks(said):
     out = said("run --error-localization")[1]
     assert "2 unlabelled images" in out and "ELN         error       AP" in out
-    *_, line, last = said("run --figures 1")[1].splitlines()
-    assert all(f"{name} 0." in line for name in ("ELN", "confidence")) and "2 unlabelled images" in line
-    assert last == "figures: run/figures/student.png"
+    shown = said("run --figures 1")[1]
+    assert shown.startswith("ELN and plain confidence each order the pixels of 2 unlabelled images")
+    assert shown.endswith("\nfigures: run/figures/student.png\n")
+
+
+@pytest.mark.parametrize("corrector, of_eln, better", [
+    ("ELN", 0.5, "ELN"), ("ELN", 0.3, "confidence"), ("s-ECN", 0.5, "s-ECN"),
+])
+def test_two_sentences_say_which_of_eln_and_confidence_finds_errors_better(
+    monkeypatch, capsys, corrector, of_eln, better
+):
+    table = {(corrector, "error", "image"): [9, 9, 9], (corrector, "error", "AP"): [of_eln]}
+    table.update({("confidence", "error", "AP"): [0.4], ("none", "error", "AP"): [0.125]})
+    monkeypatch.setattr(evaluate, "error_localization", lambda *args: table)
+    monkeypatch.setattr(evaluate, "load_eln", mock.Mock())
+    run = evaluate.LoadedRun(Path("run/stage2.pt"), {"unlabeled": SHAPES.train}, None, {"size": [32, 32]})
+    args = argparse.Namespace(teacher=False, workers=0, list=None, threshold=0.9)
+    evaluate.print_average_precision(run, SHAPES, args, "cpu")
+    sentences = capsys.readouterr().out.replace("\n", " ").split(". ")
+    assert sentences[0].endswith("the student come first, and 0.125 by chance")
+    assert sentences[1].startswith(f"{corrector} has {of_eln:.3f} and confidence 0.400: here {better} finds")
 
 
 def test_without_masks_of_unlabelled_images_those_of_validation_are_drawn(said, monkeypatch):

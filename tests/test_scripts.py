@@ -596,7 +596,7 @@ def test_a_pipe_shows_the_time_left_after_five_steps_and_at_rows(monkeypatch, ca
             steps.append((step, batch))
             seconds += 2 if step <= 10 else 6
             if step in (10, 13, 16):
-                log.append({"step": step, "L_sup": 0.5, "wrong_0": 0.1})
+                log.append({"step": step, "L_sup": 0.5})
         assert steps == list(enumerate("abcdefghijklmnop", 1))[start:]
         first = start + 5
         assert capsys.readouterr().out.splitlines() == (rank == 0) * [
@@ -623,6 +623,21 @@ def test_a_row_is_shown_with_the_class_of_which_least_is_accepted():
     for share, warns in ((0.0099, True), (0.01, False)):
         row["accepted"] = share
         assert ("(cell_wall 0.004), so almost no pseudo" in train_stage1.row_text(row)) == warns
+
+
+def test_the_joint_steps_of_stage_1_tell_the_errors_in_words(capsys):
+    errors = {"wrong_0": 0.025, "wrong_1": 0.0946, "wrong_2": 0.2, "eln_precision": 0.306, "eln_recall": 0.91}
+    rows = [{"step": 1, "L_sup": 0.5, **errors}, {"step": 2, "L_sup": 0.5, **errors, "accepted_0_x": 1.0}]
+    rows[1]["accepted"] = 0.5
+    log = []
+    for step, row in train_stage1.progress(iter(rows), log, 0, 2, Process()):
+        log.append(row)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == (
+        "    wrong pixels: the main decoder 2.5 %, D^1 9.5 %, D^2 20.0 %; "
+        "ELN finds 91 % of these, and 31 % of what it rejects is wrong"
+    )
+    assert len(lines) == 3  # none in stage 2
 
 
 @pytest.mark.parametrize("L_sup, alphas, idle", [
