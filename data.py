@@ -439,7 +439,7 @@ def draw_scene(key):
     part, number = key.split("_")
     rng = np.random.default_rng([int(part == "val"), int(number)])
     y, x = np.mgrid[:SHAPES_SIZE, :SHAPES_SIZE]
-    slope = rng.uniform(-0.5, 0.5, 2)
+    slope = rng.uniform(-0.3, 0.3, 2)
     grey = rng.uniform(60, 140) + x * slope[0] + y * slope[1]  # the background's brightness
     image = grey[..., None] + rng.uniform(-25, 25, 3)
     label = np.zeros(grey.shape, np.uint8)
@@ -448,8 +448,8 @@ def draw_scene(key):
         polygon, turn = draw_polygon(rng)
         is_bright = draw_pattern(kind, turn, rng)
         tints = [random_tint(rng) for _ in range(2)]
-        light = (grey + rng.uniform(35, 75))[..., None] * tints[0]
-        dark = (grey - rng.uniform(35, 75))[..., None] * tints[1]
+        light = (grey + rng.uniform(45, 85))[..., None] * tints[0]
+        dark = (grey - rng.uniform(45, 85))[..., None] * tints[1]
         paint = np.where(is_bright[..., None], light, dark)
         inside = np.asarray(polygon) > 0
         image[inside] = paint[inside]

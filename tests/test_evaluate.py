@@ -931,6 +931,17 @@ def test_figures_and_predictions_are_named_after_their_network(said, tmp_path, o
     assert Path(f"run/figures/{name}.png").exists() and Path(predicted).exists()
 
 
+def test_segment_gives_in_ones_own_code_what_predict_writes(said, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 36, 3), np.uint8)).save(photo)
+    said(f"run --predict {photo} --out {tmp_path}")
+    student, record = evaluate.load_student("run/student_stage2.pt")
+    pictures = evaluate.segment(student, record, str(photo))
+    assert set(pictures) == {"class", "colour", "overlay"}
+    for kind, picture in pictures.items():
+        assert np.array_equal(picture, np.asarray(Image.open(tmp_path / f"photo_{kind}.png")))
+
+
 def test_out_takes_figures_and_predictions(said, tmp_path):
     Image.new("RGB", (40, 36), (200, 150, 90)).save(tmp_path / "photo.png")
     out = tmp_path / "a" / "b"
