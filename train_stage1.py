@@ -102,7 +102,7 @@ def train(args, process):
 
 
 def warn_of_idle_decoders(rows, args, num_classes):
-    """Say which decoders Eq. (3) will not train, after the pre-training that left these rows.
+    """Say which decoders Eq. (3) does not train yet, after the pre-training that left these rows.
 
     D^k learns on an image only while its loss, at first that of chance, log C, is above alpha^k
     times the main decoder's.
@@ -112,10 +112,10 @@ def warn_of_idle_decoders(rows, args, num_classes):
     L_chance = math.log(num_classes)
     for k, alpha_k in enumerate(args.alphas, start=1):
         if alpha_k * L_sup > L_chance:
-            reason = f"L_sup {L_sup:.3f} is above log {num_classes} / {alpha_k:g}"
-            line = f"auxiliary decoder {k} will hardly learn (Eq. 3): {reason}"
-            limit = f"{L_chance / alpha_k:.3f}; give smaller --alphas or more --pretrain-iters"
-            print(f"{line} = {limit}", flush=True)
+            line = f"Eq. (3) trains auxiliary decoder {k} once L_sup, now {L_sup:.3f}, is below"
+            limit = f"log {num_classes} / {alpha_k:g} = {L_chance / alpha_k:.3f}"
+            remedy = "if it stays above, give smaller --alphas or more --pretrain-iters"
+            print(f"{line} {limit}; {remedy}", flush=True)
 
 
 # ---- Processes and precision (both stages) ----
