@@ -257,7 +257,7 @@ def panels(networks, eln, X, image, label, palette):
     output = eln(eln_input(X, logits))
     rejected = valid_logit_of(output, logits)[0] <= 0
     name = "ELN" if output.ndim == 3 else "s-ECN"
-    for caption, mask in (("its errors", prediction != label), (f"{name} finds", rejected)):
+    for caption, mask in (("its errors", prediction != label), (f"{name} rejects", rejected)):
         row[caption] = colour(mask.byte().masked_fill(label == VOID, VOID), RIGHT_OR_WRONG)
     row["filtered"] = colour(prediction.masked_fill(rejected, VOID), palette)
     return row

@@ -376,7 +376,7 @@ def test_panels_are_those_of_fig5_and_rejected_pixels_white(judge, before):
     want.update(dict.fromkeys(networks, colours[P]))
     if judge:
         want["its errors"] = marked(P != Y)
-        want[f"{judge} finds"] = marked(rejected)
+        want[f"{judge} rejects"] = marked(rejected)
         want["filtered"] = colours[np.where(rejected, 255, P)]
     assert list(shown) == list(want)
     assert all(np.array_equal(shown[name], want[name]) for name in want)
