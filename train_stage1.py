@@ -102,7 +102,7 @@ def train(args, process):
 
 
 def warn_of_idle_decoders(rows, args, num_classes):
-    """Say which decoders Eq. (3) does not train yet, after the pre-training that left these rows.
+    """Say which decoders Eq. (3) does not train yet, after a pre-training with these rows.
 
     D^k learns on an image only while its loss, at first that of chance, log C, is above alpha^k
     times the main decoder's.

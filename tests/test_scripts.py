@@ -656,7 +656,8 @@ def test_decoders_that_eq_3_will_not_train_are_named(capsys, L_sup, alphas, idle
     assert len(lines) == len(idle)
     for k, line in zip(idle, lines):
         limit = f"log 4 / {alphas[k - 1]} = {math.log(4) / alphas[k - 1]:.3f}"
-        assert line.startswith(f"Eq. (3) trains auxiliary decoder {k} once L_sup, now {L_sup:.3f}, is below {limit}; ")
+        start = f"Eq. (3) trains auxiliary decoder {k} once L_sup, now {L_sup:.3f}, is below"
+        assert line.startswith(f"{start} {limit}; ")
 
 
 def test_the_pre_training_ends_with_a_row_and_a_warning(work):
