@@ -483,7 +483,7 @@ CITYSCAPES = dict(
     pretrain_iters=26600,  # 100 times 266 steps
     eln_iters=15428,  # 58 times 266 steps
 )
-FOLDER = dict(  # ours, for a small set: about an hour on two CPU cores, minutes on a GPU
+FOLDER = dict(  # ours, for a small set: about an hour on two CPU cores
     VOC,
     ratio=None,  # every image that has a mask is labelled
     size=[128, 128],
